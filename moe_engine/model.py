@@ -1,0 +1,155 @@
+"""The decoder: embedding, blocks of attention and experts, final norm, output layer."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from moe_engine.attention import Attention, KVCache, RotaryEmbedding
+from moe_engine.config import ModelConfig
+from moe_engine.loss import linear_cross_entropy
+from moe_engine.moe import MoELayer
+from moe_engine.router import RouterStats
+
+
+class RMSNorm(nn.Module):
+    """`x / √(mean(x²) + eps) · weight` over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + experts(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.moe = MoELayer(config.moe)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
+        x = x + self.attention(self.attention_norm(x), rotary, cache)
+        out, stats = self.moe(self.moe_norm(x))
+        return x + out, stats
+
+
+class Head(nn.Module):
+    """Final norm and output layer, one unit so that a sharded model gathers them together.
+
+    With tied embeddings the weight is the embedding's and is passed in.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+
+    def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
+        """Logits `(B, T, V)`, or with targets `(B, T)` the summed cross-entropy."""
+        weight = self.weight if tied is None else tied
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, weight)
+        return linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1))
+
+
+class ModelOutput(NamedTuple):
+    """What `Transformer` returns.
+
+    Attributes:
+        logits: `(B, T, V)`; None when targets were given.
+        loss: cross-entropy in nats, summed over the targets that count, fp32; None without targets.
+        stats: router statistics, stacked: each field has a leading layer dimension.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None
+    stats: RouterStats
+
+
+class Transformer(nn.Module):
+    """A sparse mixture-of-experts decoder.
+
+    Built under `torch.device("meta")` its parameters have no storage: `to_empty`, then `init_weights`.
+
+    Args:
+        config: sizes and choices.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.head = Head(config)
+        self.rotary = RotaryEmbedding(config)
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
+
+    def initial_std(self, name: str) -> float | None:
+        """Standard deviation of a parameter at initialisation; None for a constant (`initial_constant`)."""
+        kind = name.split(".")[-2:]
+        if kind[-1] in ("bias", "b_up", "b_down", "sinks") or "norm" in name.split(".")[-2]:
+            return None
+        if kind[-1] == "w_down" or kind == ["out", "weight"]:
+            return self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        return self.config.init_std
+
+    @staticmethod
+    def initial_constant(name: str) -> float:
+        """Value of the parameters that start constant: 1 for norms, 0 for biases and sinks."""
+        return 1.0 if name.endswith("norm.weight") else 0.0
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 1337) -> None:
+        """Initialise every parameter from the seed and its name alone.
+
+        A parameter's values depend neither on the order of parameters nor on how the model is sharded: each rank
+        draws the whole parameter and keeps its shard, one parameter at a time.
+        """
+        for name, parameter in self.named_parameters():
+            std = self.initial_std(name)
+            if std is None:
+                parameter.fill_(self.initial_constant(name))
+                continue
+            generator = torch.Generator(parameter.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+            whole.normal_(std=std, generator=generator)
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(whole)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> ModelOutput:
+        """Run the model.
+
+        Args:
+            tokens: `(B, T)` int64 ids below vocab_size.
+            targets: `(B, T)` int64, the token after each; negative ones do not count. None for logits.
+            cache: keys and values of earlier positions, for decoding; advanced by T.
+        """
+        begin = 0 if cache is None else cache.length
+        x = self.embedding(tokens)
+        rotary = self.rotary.table(begin + tokens.shape[1], like=x)[:, begin:]
+        stats = []
+        for block in self.blocks:
+            x, layer_stats = block(x, rotary, cache)
+            stats.append(layer_stats)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        tied = self.embedding.weight if self.config.tie_embeddings else None
+        result = self.head(x, targets, tied)
+        stacked = RouterStats(*(torch.stack(field) for field in zip(*stats, strict=True)))
+        return ModelOutput(*((result, None) if targets is None else (None, result)), stacked)

@@ -1,0 +1,88 @@
+"""The mixture-of-experts layer: router, gate, permutation, experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe_engine import torch_backend
+from moe_engine.config import ACTIVATIONS, MoEConfig
+from moe_engine.router import Router, RouterStats
+
+# A backend is a module with gate, sort_by_expert and expert_mlp. A Triton one is registered here when it exists.
+_BACKENDS = {"torch": torch_backend}
+
+
+def _backend(name: str):
+    """The module that computes a layer. `auto` takes the fastest that is registered."""
+    chosen = "torch" if name == "auto" else name
+    if chosen not in _BACKENDS:
+        raise ValueError(f"backend: this version has {', '.join(_BACKENDS)} (or 'auto'), got {name!r}")
+    return _BACKENDS[chosen]
+
+
+class MoELayer(nn.Module):
+    """Sparse mixture of experts.
+
+    >>> out, stats = MoELayer(MoEConfig(d_model=64, d_ff=128))(torch.randn(4, 16, 64))
+
+    Parameters: `router.weight (E, D)`, `router.bias (E)`, `w_up (E, D, 2F)` with gate and up columns interleaved
+    (even = gate), `b_up (E, 2F)`, `w_down (E, F, D)`, `b_down (E, D)`.
+
+    Args:
+        config: sizes and choices.
+    Raises:
+        ValueError: the configured backend is not available.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = _backend(config.backend)
+        e, d, f = config.num_experts, config.d_model, config.d_ff
+        self.router = Router(config)
+        self.w_up = nn.Parameter(torch.empty(e, d, 2 * f))
+        self.b_up = nn.Parameter(torch.empty(e, 2 * f)) if config.expert_bias else None
+        self.w_down = nn.Parameter(torch.empty(e, f, d))
+        self.b_down = nn.Parameter(torch.empty(e, d)) if config.expert_bias else None
+        if not self.w_up.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights of the configured standard deviation, zero biases."""
+        for name, parameter in self.named_parameters():
+            if name.rpartition(".")[2] in ("bias", "b_up", "b_down"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=self.config.init_std)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        """Route every token to its experts.
+
+        Args:
+            x: `(…, D)`, floating point, of the parameters' dtype.
+        Returns:
+            The layer's output, of x's shape and dtype, and the router's statistics.
+        Raises:
+            ValueError: x's last dimension is not D.
+        """
+        config = self.config
+        if x.shape[-1] != config.d_model:
+            raise ValueError(f"x: expected a last dimension of d_model = {config.d_model}, got shape {tuple(x.shape)}")
+        rows = x.reshape(-1, config.d_model)
+        topk_idx, topk_weights, stats = self.backend.gate(self.router(rows), config.top_k, config.gate)
+        expert_offsets, permutation = self.backend.sort_by_expert(topk_idx, stats.expert_counts)
+        # Expert parallelism would exchange rows here, and back before they are combined.
+        out = self.backend.expert_mlp(
+            rows,
+            self.w_up,
+            self.b_up,
+            self.w_down,
+            self.b_down,
+            topk_weights,
+            permutation,
+            expert_offsets,
+            ACTIVATIONS[config.activation],
+        )
+        return out.view_as(x), stats

@@ -1,0 +1,184 @@
+"""The run folder's logs: notes, metrics.jsonl to the last bit, exact continuation, TensorBoard."""
+
+import json
+import math
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_engine.train.errors import InputError
+from moe_engine.train.metrics import WALL_CLOCK, RunLog, deterministic, read_metrics
+
+
+def train_values(i: int) -> dict:
+    rng = random.Random(i)
+    return {
+        "loss": 4 + 4 * math.exp(-i / 40) + rng.gauss(0, 0.05),
+        "lr": 3e-4 * min(1, i / 20),
+        "grad_norm": 0.8 + rng.random() * 0.2,
+        "router_aux": 0.0003,
+        "balance_per_layer": [1.0 + rng.random() / i, 1.0 + rng.random() / i],
+        "expert_share": [[0.25, 0.25, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]],
+        "tokens_per_second": 6000.0 + rng.random(),
+        "mfu": 0.12,
+        "data_wait": 0.004,
+    }
+
+
+def write_run(folder: Path, start: int, stop: int, *, truncate: bool = False) -> None:
+    with RunLog(folder, console=False) as log:
+        if truncate:
+            log.truncate_after(start)
+        for i in range(start + 1, stop + 1):
+            log.metrics("train", i, **train_values(i))
+            if i % 5 == 0:
+                log.metrics("eval", i, loss=4 + 4 * math.exp(-i / 40))
+
+
+# logs.txt and the terminal
+
+
+def test_notes_go_to_the_file_and_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path / "run") as log:
+        log.note("first")
+        assert (tmp_path / "run/logs.txt").read_text().endswith("first\n"), "flushed at once"
+        log.warn("odd")
+        log.note("two\nlines — ünïcode")
+    with RunLog(tmp_path / "run", console=False) as log:
+        log.note("only in the file")
+    lines = (tmp_path / "run/logs.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[1] for line in lines] == [
+        "first",
+        "warning: odd",
+        "two",
+        "lines — ünïcode",
+        "only in the file",
+    ]
+    assert capsys.readouterr().out.splitlines() == lines[:4]
+
+
+def test_a_terminal_without_unicode_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "terminal", "w", encoding="ascii") as terminal, RunLog(tmp_path / "run") as log:
+        monkeypatch.setattr("sys.stdout", terminal)
+        log.note("straße \udc80")
+        monkeypatch.undo()
+    assert "stra\\xdfe \\udc80" in (tmp_path / "terminal").read_text()
+    assert "straße \\udc80" in (tmp_path / "run/logs.txt").read_text(encoding="utf-8")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path / "run", is_main=False) as log:
+        log.note("a")
+        log.warn("b")
+        log.metrics("train", 1, loss=1.0)
+        log.truncate_after(0)
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+# metrics.jsonl
+
+
+def test_floats_survive_to_the_last_bit(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    floats = [struct.unpack("d", rng.randbytes(8))[0] for _ in range(2000)]
+    floats = [f for f in floats if math.isfinite(f)] + [0.1, -0.0, 5e-324, 1.7976931348623157e308]
+    with RunLog(tmp_path, console=False) as log:
+        log.metrics("train", 1, loss=torch.tensor(0.1), share=np.float32(0.3), all=floats, count=torch.tensor([1, 2]))
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert struct.pack("d", record["loss"]) == struct.pack("d", torch.tensor(0.1).item())
+    assert record["share"] == float(np.float32(0.3))
+    assert [struct.pack("d", f) for f in record["all"]] == [struct.pack("d", f) for f in floats]
+    assert record["count"] == [1, 2]
+
+
+def test_nan_and_infinity_are_valid_json_and_come_back(tmp_path: Path) -> None:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    with RunLog(tmp_path, console=False) as log:
+        log.metrics("train", 3, loss=math.nan, grad_norm=torch.tensor(math.inf), nested={"x": [[-math.inf, 1.0]]})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    raw = json.loads(line, parse_constant=no_constant)
+    assert (raw["loss"], raw["grad_norm"], raw["nested"]) == ("NaN", "Infinity", {"x": [["-Infinity", 1.0]]})
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(record["loss"])
+    assert (record["grad_norm"], record["nested"]) == (math.inf, {"x": [[-math.inf, 1.0]]})
+
+
+def test_lines_are_flushed_and_carry_kind_iteration_and_time(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, console=False)
+    log.metrics("save", 7, path="ckpt", save_seconds=0.25)
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    log.close()
+    assert list(record) == ["kind", "iter", "path", "save_seconds", "time"]
+    assert deterministic(record) == {"kind": "save", "iter": 7, "path": "ckpt"}
+    assert {"tokens_per_second", "mfu", "data_wait", "memory", "eta", "time"} <= WALL_CLOCK
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "whole", 0, 20)
+    write_run(tmp_path / "parts", 0, 13)
+    (tmp_path / "parts/metrics.jsonl").open("a").write('{"kind": "train", "iter": 14, "lo')  # killed in mid-line
+    before = (tmp_path / "parts/metrics.jsonl").read_text().splitlines(keepends=True)
+    write_run(tmp_path / "parts", 10, 20, truncate=True)
+    whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert [deterministic(r) for r in parts] == [deterministic(r) for r in whole]
+    after = (tmp_path / "parts/metrics.jsonl").read_text().splitlines(keepends=True)
+    assert after[:12] == before[:12], "what is kept is kept byte for byte"
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["logs.txt", "metrics.jsonl", "tensorboard"]
+
+
+def test_truncation_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path, 0, 5)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    log = RunLog(tmp_path, console=False)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        log.truncate_after(2)
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_torn_last_line_is_skipped_and_never_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "iter": 1, "loss": 2.0}\n{"kind": "train", "iter": 2, "lo')
+    assert [r["iter"] for r in read_metrics(path)] == [1]
+    with RunLog(tmp_path, console=False) as log:
+        log.metrics("train", 2, loss=1.0)
+    assert [r["iter"] for r in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"kind": "train"}', '{"kind": "train", "iter": "x"}'])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "iter": 1}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: expected a JSON object with kind and iter, got"):
+        read_metrics(path)
+
+
+def test_no_metrics_yet(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_tensorboard_scalars_and_purge_after_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_run(tmp_path, 0, 6)
+    files = list((tmp_path / "tensorboard").iterdir())
+    assert len(files) == 1, "one event file, not one for every curve"
+    write_run(tmp_path, 4, 5, truncate=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/loss", "eval/loss", "train/balance_per_layer/00", "train/balance_per_layer/01"} <= set(tags)
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5], "step 6 of the first run is hidden"
+    assert events.Scalars("train/loss")[0].value == pytest.approx(train_values(1)["loss"], rel=1e-6)

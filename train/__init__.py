@@ -1,0 +1,1 @@
+"""The training driver: data preparation, loader, loop, checkpoints, command line."""

@@ -1,0 +1,179 @@
+"""`moe-train`: train a model. `torchrun --nproc_per_node=N -m moe_engine.train …` is the form with several devices."""
+
+from __future__ import annotations
+
+import errno
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_engine.train import config as settings
+from moe_engine.train import parallel
+from moe_engine.train.checkpoint import Checkpoints, write_atomically
+from moe_engine.train.cli import guarded, parse
+from moe_engine.train.config import TrainConfig
+from moe_engine.train.data import read_meta
+from moe_engine.train.device import device_name, keep_freed_memory, pick_device
+from moe_engine.train.errors import InputError
+from moe_engine.train.loop import Trainer
+from moe_engine.train.metrics import RunLog
+from moe_engine.train.options import option
+from moe_engine.train.parallel import World
+from moe_engine.train.signs import format_seconds
+
+CONFIG_FILE, ENV_FILE = "config.toml", "env.json"
+
+
+@dataclass(frozen=True)
+class Flags(TrainConfig):
+    """`TrainConfig`, and what only the command line can say."""
+
+    config: str | None = option(None, "TOML file with these options by name, and a [model] table")
+    print_config: bool = option(False, "print the resolved configuration as TOML and exit")
+
+
+def environment(device: torch.device, world: World) -> dict[str, Any]:
+    """What a run ran on: versions, device, code."""
+    versions = {}
+    for name in ("moe-engine", "torch", "triton", "numpy", "tiktoken"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "devices": world.size,
+        "git": _git_commit(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """Commit of the source tree that runs, and whether it was changed; None for an installed package."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("ls-files", "--error-unmatch", "--full-name", __file__)).name != Path(__file__).name:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def open_run(config: TrainConfig, toml: str, world: World) -> Path | None:
+    """Make the run folder, or recognise the one that is there; returns the checkpoint to resume from.
+
+    Raises:
+        InputError: the folder holds a run of another configuration, or files of something else.
+    """
+    out_dir = Path(config.out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"--out_dir {out_dir}: expected a folder, found a file")
+    written = out_dir / CONFIG_FILE
+    if config.fresh and world.is_main and written.exists():
+        _remove_run(out_dir)
+    if written.exists() and not config.fresh:
+        changed = settings.differences(tomllib.loads(written.read_text(encoding="utf-8")), tomllib.loads(toml))
+        if changed:
+            raise InputError(
+                f"--out_dir {out_dir}: holds a run of another configuration ({'; '.join(changed)}); "
+                "choose another folder, or --fresh to start over"
+            )
+    elif out_dir.exists() and any(out_dir.iterdir()) and not config.fresh:
+        raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
+    return None if config.fresh else Checkpoints(out_dir, world).latest()
+
+
+def _remove_run(out_dir: Path) -> None:
+    """Delete what a run writes, and nothing else."""
+    for name in ("ckpt", "samples", "plots", "tensorboard"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+    for name in ("logs.txt", "metrics.jsonl", CONFIG_FILE, ENV_FILE):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def train(config: TrainConfig) -> int:
+    """One process of a run, from an empty or existing run folder to the end; returns the exit status."""
+    keep_freed_memory()
+    world = World.from_environment()
+    device = pick_device(config.device, world.local_rank)
+    toml = settings.to_toml(config, config.model_config(read_meta(config.data_dir).vocab_size))
+    checkpoint = open_run(config, toml, world)
+    try:
+        trainer = Trainer(config, world, device)
+        with RunLog(Path(config.out_dir), is_main=world.is_main) as log:
+            if checkpoint:
+                trainer.resume(checkpoint)
+                log.truncate_after(trainer.iteration)
+            if world.is_main:
+                write_atomically(log.out_dir / CONFIG_FILE, toml)
+                write_atomically(log.out_dir / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n")
+            return _run(trainer, log, checkpoint)
+    finally:
+        parallel.stop()
+
+
+def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:
+    config, model = trainer.config, trainer.model_config
+    total, active = model.matrix_parameters()
+    log.note(
+        f"{config.preset}: {total / 1e6:.1f} M parameters in matrices, {active / 1e6:.1f} M active per token, on "
+        f"{trainer.world.size} × {device_name(trainer.device)}; {trainer.tokens_per_iteration} tokens per iteration, "
+        f"router_aux_coef {trainer.aux_coef:g}"
+    )
+    if checkpoint:
+        log.note(f"resuming from {checkpoint} at iteration {trainer.iteration}")
+    begin = time.perf_counter()
+    status = trainer.run(log)
+    log.note(f"run folder: {config.out_dir} ({format_seconds(time.perf_counter() - begin)})")
+    return status
+
+
+def _body(argv: Sequence[str] | None) -> int:
+    given = parse("moe-train", Flags, argv, "Train a mixture-of-experts language model.")
+    file = given.pop("config", None)
+    print_only = given.pop("print_config", False)
+    if print_only:
+        given.setdefault("data_dir", "")
+    config = settings.resolve(given, settings.read_toml(file) if file else None)
+    if print_only:
+        known = bool(config.data_dir) and Path(config.data_dir).exists()
+        vocab_size = read_meta(config.data_dir).vocab_size if known else 1
+        print(settings.to_toml(config, config.model_config(vocab_size)), end="")
+        return 0
+    try:
+        return train(config)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+            raise
+        raise InputError(
+            f"{error.filename or config.out_dir}: {error.strerror}; the last whole checkpoint stays"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return guarded(lambda: _body(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""The training loop: one `Trainer` a process, from data to checkpoints.
+
+An iteration is one optimizer step over `batch_size · grad_accum_steps` sequences a rank. Its loss is
+
+    Σ nats / tokens + router_aux_coef · Σ_layers balance + router_z_coef · Σ_layers z_loss
+
+balance uses the expert counts of all ranks (global-batch balance), so that the number of ranks does not change the
+loss of a global batch. `router_aux` in the logs is coef · (mean over layers of balance − 1): 0 when experts are used
+equally.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_engine.generate import generate
+from moe_engine.model import ModelOutput, Transformer
+from moe_engine.router import balance_loss, z_loss
+from moe_engine.train import parallel
+from moe_engine.train.checkpoint import Checkpoints
+from moe_engine.train.config import TrainConfig
+from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
+from moe_engine.train.device import memory_total, memory_used, peak_flops, pick_dtype
+from moe_engine.train.errors import InputError
+from moe_engine.train.metrics import RunLog
+from moe_engine.train.optim import make_optimizer, make_scaler
+from moe_engine.train.parallel import World, all_sum, any_rank
+from moe_engine.train.plots import draw_plots
+from moe_engine.train.signs import WarningSigns, format_train_line
+from moe_engine.train.tokenizer import load_tokenizer
+
+MAX_BAD_STEPS = 10  # iterations in a row without a finite gradient before a run gives up
+
+
+@dataclass
+class Step:
+    """What one iteration did. Tensors stay on the device; loss and router values are this rank's until `log`."""
+
+    loss: Tensor  # nats per token
+    balance: Tensor  # (layers)
+    z: Tensor  # (layers)
+    expert_counts: Tensor  # (layers, E), over all ranks
+    grad_norm: float
+    applied: bool
+
+
+class Trainer:
+    """One process of a training run.
+
+    Args:
+        config: what to train.
+        world: this process among the others.
+        device: where.
+    Raises:
+        InputError: data, model, memory or an existing run do not fit the configuration.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
+        self.config, self.world, self.device = config, world, device
+        self.dtype, self.dtype_note = pick_dtype(config.dtype, device)
+        self.train_data = TokenDataset.open(config.data_dir, "train", config.block_size)
+        val_data = TokenDataset.open(config.data_dir, "val", config.block_size)
+        meta = self.train_data.meta
+        self.tokenizer = load_tokenizer(meta.tokenizer) if config.sample_every else None
+        self.model_config = config.model_config(meta.vocab_size)
+        self.aux_coef = config.aux_coef(self.model_config.num_experts)
+        self._check_memory()
+
+        placement = {"rank": world.rank, "world_size": world.size, "device": device}
+        self.loader = TrainLoader(self.train_data, config.batch_size, seed=config.seed, **placement)
+        self.val_loader = ValLoader(val_data, config.batch_size, config.eval_iters, **placement)
+        self.notes = [*self.train_data.notes, *val_data.notes]
+        self.model = self._build_model()
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = make_scaler(self.dtype, device)
+        self.checkpoints = Checkpoints(Path(config.out_dir), world, config.keep_last_n)
+
+        self.iteration = 0
+        self.val_loss = self.best_val_loss = math.inf
+        self.bad_steps = 0
+        self.stop_signal: int | None = None
+        self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
+        self.signs = WarningSigns()
+
+    # Building
+
+    def _check_memory(self) -> None:
+        """Refuse what cannot fit: 16 bytes a parameter for weights, gradients and AdamW, before any activation."""
+        total = self.model_config.matrix_parameters()[0] + self.model_config.vocab_size * self.model_config.d_model
+        shared = self.world.size if self.device.type == "cuda" else 1
+        need, have = 16 * total / shared, memory_total(self.device)
+        if need > have:
+            raise InputError(
+                f"--preset {self.config.preset}: weights, gradients and optimizer of {total / 1e9:.2f} B parameters "
+                f"take {need / 1e9:.0f} GB per device, this one has {have / 1e9:.0f} GB; "
+                "take a smaller preset or more devices"
+            )
+
+    def _build_model(self) -> Transformer:
+        """Build on meta, shard, give storage once, initialise once, check."""
+        with torch.device("meta"):
+            model = Transformer(self.model_config)
+        if parallel.start(self.world, self.device, self.dtype):
+            parallel.shard(model, self.world, self.device, self.dtype)
+        model.to_empty(device=self.device)
+        model.init_weights(self.config.seed)
+        parallel.check_initialisation(model)
+        return model
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Over all ranks."""
+        c = self.config
+        return c.batch_size * c.block_size * c.grad_accum_steps * self.world.size
+
+    # One iteration
+
+    def _loss(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean loss of a micro-batch, balance and z-loss `(layers)`, expert counts `(layers, E)` over all ranks."""
+        counts = all_sum(out.stats.expert_counts.clone(), self.world)
+        balance = balance_loss(out.stats, self.model_config.top_k, counts)
+        z = z_loss(out.stats, self.model_config.top_k)
+        return out.loss / (self.config.batch_size * self.config.block_size), balance, z, counts
+
+    def train_step(self) -> Step:
+        """One optimizer step. All ranks apply it or, when a gradient is not finite, none does."""
+        config = self.config
+        parts: list[tuple[Tensor, ...]] = []
+        for _ in range(config.grad_accum_steps):
+            inputs, targets = self.loader.next_batch()
+            self.seconds["data_wait"] += self.loader.wait_seconds
+            mean, balance, z, counts = self._loss(self.model(inputs, targets))
+            total = mean + self.aux_coef * balance.sum()
+            if config.router_z_coef:
+                total = total + config.router_z_coef * z.sum()
+            self.scaler.scale(total / config.grad_accum_steps).backward()
+            parts.append((mean.detach(), balance.detach(), z.detach(), counts))
+        loss, balance, z = (torch.stack(values).mean(0) for values in list(zip(*parts, strict=True))[:3])
+        grad_norm, applied = self._update()
+        self.iteration += 1
+        return Step(loss, balance, z, torch.stack([p[3] for p in parts]).sum(0), grad_norm, applied)
+
+    def _update(self) -> tuple[float, bool]:
+        """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate(self.iteration)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        grad_norm = float(parallel.whole(norm))  # global: every rank sees the same number and decides alike
+        applied = math.isfinite(grad_norm)
+        if applied:
+            if self.config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm, applied
+
+    # Beside the steps
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Validation loss in nats per token, over the same windows every time and whatever the number of ranks."""
+        with self._timed("eval"):
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            for inputs, targets in self.val_loader:
+                sums[0] += self.model(inputs, targets).loss
+                sums[1] += (targets >= 0).sum()
+            total, count = all_sum(sums, self.world).tolist()
+        self.val_loss = total / count
+        self.log.metrics("eval", self.iteration, loss=self.val_loss)
+        best = " (best)" if self.val_loss < self.best_val_loss else ""
+        self.log.note(f"iter {self.iteration}/{self.config.max_iters} | val loss {self.val_loss:.4f}{best}")
+        with self._timed("eval"):
+            if self.world.is_main:
+                draw_plots(
+                    self.log.out_dir, grad_clip=self.config.grad_clip or None, warmup_iters=self.config.warmup_iters
+                )
+        return self.val_loss
+
+    def sample(self) -> str:
+        """Text from the model as it is, into `samples/`; every rank computes, the first one writes."""
+        config, tokenizer = self.config, self.tokenizer
+        with self._timed("sample"):
+            ids = generate(
+                self.model,
+                ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(config.sample_prompt),
+                config.sample_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                vocab_size=tokenizer.vocab_size,
+                seed=config.seed + self.iteration,
+                device=self.device,
+                dtype=self.dtype,
+                should_stop=lambda: any_rank(self.stop_signal is not None, self.world, self.device),
+            )
+        text = config.sample_prompt + tokenizer.decode(ids)
+        if self.world.is_main:
+            folder = self.log.out_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            (folder / f"iter_{self.iteration:08d}.txt").write_text(text, encoding="utf-8")
+        self.log.note(f"iter {self.iteration}/{config.max_iters} | sample of {len(ids)} tokens:\n{text}")
+        self.log.metrics("sample", self.iteration, tokens=len(ids))
+        return text
+
+    def save(self) -> None:
+        """A checkpoint of this iteration; `best` names it when its validation loss is the lowest so far."""
+        is_best = self.val_loss < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, self.val_loss)
+        state = {
+            "iteration": self.iteration,
+            "loader": self.loader.state_dict(),
+            "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
+            "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+            "scaler": self.scaler.state_dict(),
+            "tokens_per_iteration": self.tokens_per_iteration,
+            "tokenizer": self.train_data.meta.tokenizer,
+            "vocab_size": self.train_data.meta.vocab_size,
+            "arguments": dataclasses.asdict(self.config),
+        }
+        with self._timed("save"):
+            path = self.checkpoints.save(self.model, self.optimizer, state, self.device, is_best=is_best)
+        self.log.note(f"iter {self.iteration}/{self.config.max_iters} | checkpoint {path}")
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it does not fit the data, the model or the size of the global batch.
+        """
+        known = self.checkpoints.read_state(path)
+        if known["tokens_per_iteration"] != self.tokens_per_iteration:
+            raise InputError(
+                f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
+                f"{known['tokens_per_iteration']} tokens per iteration, this start has {self.tokens_per_iteration}"
+            )
+        self.loader.load_state_dict(known["loader"])
+        state = self.checkpoints.load(path, self.model, self.optimizer, self.device)
+        self.iteration = state["iteration"]
+        self.val_loss, self.best_val_loss = (
+            math.inf if state[name] is None else state[name] for name in ("val_loss", "best_val_loss")
+        )
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    # Logging
+
+    def _reduce(self, step: Step) -> dict[str, Any]:
+        """The deterministic values of a log line, over all ranks."""
+        layers = step.balance.numel()
+        means = all_sum(torch.cat((step.loss.reshape(1), step.balance, step.z)).double(), self.world) / self.world.size
+        balance = means[1 : 1 + layers]
+        values = {
+            "loss": float(means[0]),
+            "lr": self.config.learning_rate(self.iteration - 1),
+            "grad_norm": step.grad_norm,
+            "router_aux": self.aux_coef * (float(balance.mean()) - 1),
+            "tokens": self.iteration * self.tokens_per_iteration,
+        }
+        if self.config.log_router_stats:
+            share = step.expert_counts / step.expert_counts.sum(-1, keepdim=True)
+            values |= {"balance_per_layer": balance.tolist(), "expert_share": share.tolist()}
+            values |= {"router_z": float(means[1 + layers :].mean())}
+        return values
+
+    def _log_step(self, step: Step, iterations: int, seconds: float) -> None:
+        """A train line. Its speed counts the steps and their wait for data; evaluation, saving, sampling are apart."""
+        config, spent = self.config, self.seconds
+        beside = spent["eval"] + spent["save"] + spent["sample"]
+        tokens = iterations * self.tokens_per_iteration
+        rate = tokens / max(seconds - beside, 1e-9)
+        flops = rate * self.model_config.flops_per_token(config.block_size)
+        clock = {
+            "tokens_per_second": rate,
+            "mfu": flops / (self.peak * self.world.size) if self.peak else None,
+            "data_wait": spent["data_wait"] / max(seconds - beside, 1e-9),
+            "memory": memory_used(self.device),
+            "eta": (config.max_iters - self.iteration) * seconds / iterations,
+            "seconds": seconds,
+            **{f"{name}_seconds": spent[name] for name in ("data_wait", "eval", "save", "sample")},
+        }
+        values = self._reduce(step)
+        self.log.metrics("train", self.iteration, **values, **clock)
+        self.log.note(format_train_line(self.iteration, config.max_iters, {**values, **clock}))
+        # A drop is judged by the clock on the wall, so that its cause can be an evaluation or a checkpoint.
+        for sign in self.signs.check({**values, **clock, "tokens_per_second": tokens / seconds}):
+            self.log.warn(sign)
+
+    def _check_numbers(self, step: Step) -> None:
+        """Count iterations that were skipped for want of a finite gradient; give up after too many in a row.
+
+        Loss scaling of fp16 skips some by design, when it finds its scale.
+        """
+        self.bad_steps = 0 if step.applied else self.bad_steps + 1
+        if step.applied:
+            return
+        state = self.loader.state_dict()
+        self.log.warn(
+            f"iter {self.iteration}: gradient norm {step.grad_norm}, the update is skipped on all ranks "
+            f"(batch before window {state['window']} of epoch {state['epoch']})"
+        )
+        if self.bad_steps >= MAX_BAD_STEPS:
+            self.save()
+            raise InputError(
+                f"{self.bad_steps} iterations in a row without a finite gradient: stopped; the weights are those before"
+                f" them (checkpoint {self.iteration}); lower --lr"
+            )
+
+    # The run
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def run(self, log: RunLog) -> int:
+        """Train to max_iters; returns the exit status.
+
+        SIGINT and SIGTERM end it after the current iteration, with a checkpoint; a second SIGINT at once.
+        """
+        self.log = log
+        self.peak, peak_source = peak_flops(self.device, self.dtype)
+        for note in (self.dtype_note, *self.notes, f"mfu is against {peak_source}"):
+            if note:
+                log.note(note)
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._run()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.loader.close()
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.max_iters)
+
+    def _run(self) -> int:
+        config = self.config
+        if self.iteration == 0 and config.eval_interval:
+            self.evaluate()
+        if self.iteration >= config.max_iters:
+            self.log.note(f"already at iteration {self.iteration} of {config.max_iters}: nothing to do")
+        self.seconds.clear()
+        begin, logged = time.perf_counter(), self.iteration
+        while self.iteration < config.max_iters:
+            step = self.train_step()
+            self._check_numbers(step)
+            if self._due(config.log_interval):
+                now = time.perf_counter()
+                self._log_step(step, self.iteration - logged, now - begin)
+                begin, logged = now, self.iteration
+                self.seconds.clear()
+            stopping = any_rank(self.stop_signal is not None, self.world, self.device)
+            if not stopping and self._due(config.eval_interval):
+                self.evaluate()
+            if not stopping and self._due(config.sample_every):
+                self.sample()
+            if stopping or self._due(config.save_every) or self.iteration == config.max_iters:
+                self.save()
+            if stopping or any_rank(self.stop_signal is not None, self.world, self.device):
+                return self._stopped()
+        return 0
+
+    def _stopped(self) -> int:
+        if self.checkpoints.latest() is None or self.checkpoints.latest().name[-8:] != f"{self.iteration:08d}":
+            self.save()
+        number = self.stop_signal or signal.SIGTERM
+        self.log.note(
+            f"stopped by {signal.Signals(number).name} at iteration {self.iteration}; the same command resumes it"
+        )
+        return 128 + number
