@@ -227,6 +227,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, window:
     Returns:
         `(B, Hq, T, d)` in q's dtype. Differentiable in q, k, v and sinks.
     """
+    if q.numel() == 0:  # no query: PyTorch's CPU kernel would divide by zero
+        return q
     return _Attention.apply(q, k, v, sinks, window)
 
 

@@ -32,10 +32,10 @@ def _check(ok: bool, name: str, expected: str, value: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _check_positive(config: object, *names: str) -> None:
+def _check_positive(config: object, *names: str, expected: str = "a positive integer") -> None:
     for name in names:
         value = getattr(config, name)
-        _check(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "a positive integer", value)
+        _check(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, expected, value)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class ModelConfig:
             self.num_heads,
         )
         _check(self.head_dim % 2 == 0, "head_dim", "an even number (rotary embedding turns pairs)", self.head_dim)
-        _check(self.sliding_window >= 0, "sliding_window", "0 (off) or a positive number", self.sliding_window)
+        if self.sliding_window != 0:
+            _check_positive(self, "sliding_window", expected="0 (off) or a positive integer")
         _check(self.rope_factor >= 1, "rope_factor", "at least 1", self.rope_factor)
         _check(self.rope_theta > 1, "rope_theta", "more than 1", self.rope_theta)
         _check(

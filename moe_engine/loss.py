@@ -76,4 +76,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         Scalar in nats, summed over the tokens that count, fp32 (fp64 for fp64 inputs). Differentiable in x and weight,
         once.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad knows nothing of no_grad, and the gradients are half the work
+        x, weight = x.detach(), weight.detach()
     return _LinearCrossEntropy.apply(x, weight, targets)

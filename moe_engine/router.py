@@ -11,7 +11,7 @@ T = tokens, E = experts, K = top_k
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,24 @@ def z_loss(stats: RouterStats, top_k: int) -> Tensor:
     return stats.lse_sq / stats.tokens(top_k)
 
 
+class _WideLinear(torch.autograd.Function):
+    """A linear layer in fp32 or better that saves x as it came: autograd of a cast x would keep the wide copy too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
+        grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype)
+        return grad_x, grad_weight, None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+
+
 class Router(nn.Module):
     """Logits of the experts, in fp32 (fp64 for fp64 weights) whatever the model's dtype.
 
@@ -73,6 +91,4 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(T, D)` → `(T, E)`."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        return _WideLinear.apply(x, self.weight, self.bias)

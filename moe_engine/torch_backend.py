@@ -6,16 +6,20 @@
 
 Backward of expert_mlp saves x, h, topk_weights and indices; `a` is recomputed, y is never needed, since the gradient
 of a gate weight is ⟨dO·w_downᵀ, a⟩ + ⟨dO, b_down⟩ (SonicMoE, arXiv 2512.14080). Everything goes expert by expert, so
-that the rows an elementwise pass touches are still in cache from the GEMM before it. Additions into a token's row
-run in the order of the experts: two runs agree bit for bit.
+that the rows an elementwise pass touches are still in cache from the GEMM before it. A token's rows are added in the
+order of its slots: two runs agree bit for bit.
 
 T = tokens, D = d_model, F = d_ff, E = experts, K = top_k, N = T·K rows sorted by expert
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -97,12 +101,53 @@ def sort_by_expert(topk_idx: Tensor, expert_counts: Tensor) -> tuple[Tensor, Ten
     return expert_offsets, permutation
 
 
-def _groups(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """The experts that own rows, with their rows. Reads the offsets on the host."""
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that each compute on one core; `process` keys it, since threads do not survive a fork."""
+    pool = ThreadPoolExecutor(threads, "experts", initializer=torch.set_num_threads, initargs=(1,))
+    started = threading.Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))  # the initializer has run in every one of them
+    torch.set_num_threads(threads)  # set_num_threads is a thread's own, but it is also what later threads start from
+    return pool
+
+
+def _for_each_expert(expert_offsets: Tensor, size: int, work: Callable[[int, slice], None]) -> None:
+    """Call `work(expert, rows)` for every expert that owns rows. Reads the offsets on the host.
+
+    On a CPU, experts are computed side by side, one thread each, when there is enough work and no expert holds most of
+    it: single-threaded GEMMs waste less than shared ones, and everything between them runs in parallel too. What an
+    expert computes does not depend on where it ran.
+
+    Args:
+        size: elements of h, the measure of the work.
+    """
     offsets = expert_offsets.tolist()
-    for expert, (begin, end) in enumerate(pairwise(offsets)):
-        if end > begin:
-            yield expert, slice(begin, end)
+    groups = [(e, slice(begin, end)) for e, (begin, end) in enumerate(pairwise(offsets)) if end > begin]
+    threads = torch.get_num_threads()
+    largest = max((rows.stop - rows.start for _, rows in groups), default=0)
+    side_by_side = expert_offsets.device.type == "cpu" and size >= 1 << 18 and largest * threads <= 2 * offsets[-1]
+    if threads == 1 or not side_by_side:
+        for group in groups:
+            work(*group)
+        return
+
+    def detached(group: tuple[int, slice]) -> None:
+        with torch.no_grad():  # grad mode is a thread's own
+            work(*group)
+
+    groups.sort(key=lambda group: group[1].start - group[1].stop)  # the largest first, so that threads end together
+    list(_pool(threads, os.getpid()).map(detached, groups))
+
+
+def _sum_over_slots(rows: Tensor, permutation: Tensor, top_k: int) -> Tensor:
+    """Sorted rows back to their tokens: `(N, D)` → `(T, D)`, added in the order of a token's slots."""
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
+    slots = inverse.view(-1, top_k)
+    out = rows.index_select(0, slots[:, 0])
+    for k in range(1, top_k):
+        out += rows.index_select(0, slots[:, k])
+    return out
 
 
 def _split(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,22 +222,23 @@ def _forward(
     offset: float,
     limit: float,
 ) -> tuple[Tensor, Tensor]:
-    act = Activation(alpha, offset, limit)
-    rows_of = permutation // topk_weights.shape[1]  # sorted row → token
-    scale_of = topk_weights.reshape(-1)[permutation]
+    act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
+    token_of = permutation // top_k  # of a sorted row
+    scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
     h = x.new_empty(permutation.numel(), w_up.shape[2])
-    out = x.new_zeros(x.shape, dtype=_accumulate_dtype(x.dtype))
-    for e, rows in _groups(expert_offsets):
-        tokens = rows_of[rows]
-        h_e = h[rows]
-        torch.mm(x[tokens], w_up[e], out=h_e)
+    y = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
+
+    def work(e: int, rows: slice) -> None:
+        h_e = torch.mm(x.index_select(0, token_of[rows]), w_up[e], out=h[rows])
         if b_up is not None:
             h_e += b_up[e]
-        y = torch.mm(_activation(h_e, act), w_down[e])
+        y_e = torch.mm(_activation(h_e, act), w_down[e])
         if b_down is not None:
-            y += b_down[e]
-        out.index_add_(0, tokens, y.to(out.dtype).mul_(scale_of[rows].unsqueeze(1)))
-    return out.to(x.dtype, copy=False), h
+            y_e += b_down[e]
+        torch.mul(y_e, scale_of[rows], out=y[rows])
+
+    _for_each_expert(expert_offsets, h.numel(), work)
+    return _sum_over_slots(y, permutation, top_k).to(x.dtype), h
 
 
 @_forward.register_fake
@@ -216,38 +262,40 @@ def _backward(
     offset: float,
     limit: float,
 ) -> list[Tensor]:
-    act = Activation(alpha, offset, limit)
-    rows_of = permutation // topk_weights.shape[1]
-    scale_of = topk_weights.reshape(-1)[permutation]
-    grad_x = x.new_zeros(x.shape, dtype=_accumulate_dtype(x.dtype))
-    grad_scale = torch.empty_like(scale_of)
+    act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
+    token_of = permutation // top_k
+    scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
+    grad_rows = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
+    grad_scale = torch.empty(permutation.numel(), dtype=topk_weights.dtype, device=x.device)
     grad_w_up, grad_w_down = torch.empty_like(w_up), torch.empty_like(w_down)
-    grad_b_up = w_up.new_zeros(w_up.shape[0], w_up.shape[2]) if up_bias else w_up.new_empty(0)
-    grad_b_down = torch.zeros_like(b_down) if b_down is not None else w_up.new_empty(0)
-    idle = set(range(w_up.shape[0]))
-    for e, rows in _groups(expert_offsets):
-        idle.discard(e)
-        tokens = rows_of[rows]
-        x_e, grad_e, scale = x[tokens], grad_out[tokens], scale_of[rows].unsqueeze(1)
+    grad_b_up = w_up.new_empty(w_up.shape[0], w_up.shape[2]) if up_bias else w_up.new_empty(0)
+    grad_b_down = torch.empty_like(b_down) if b_down is not None else w_up.new_empty(0)
+
+    def work(e: int, rows: slice) -> None:
+        x_e, grad_e = x.index_select(0, token_of[rows]), grad_out.index_select(0, token_of[rows])
         # The gate weight of a row multiplies whatever is narrow, D wide, and never the rows of width F or 2F.
         a, grad_h, grad_scale_e = _activation_backward(h[rows], torch.mm(grad_e, w_down[e].t()), act)
         if b_down is not None:
             grad_scale_e += torch.mv(grad_e, b_down[e])
         grad_scale[rows] = grad_scale_e
-        grad_x.index_add_(0, tokens, torch.mm(grad_h, w_up[e].t()).to(grad_x.dtype).mul_(scale))
-        scale = scale.to(x.dtype)
+        torch.mul(torch.mm(grad_h, w_up[e].t()), scale_of[rows], out=grad_rows[rows])
+        scale = scale_of[rows].to(x.dtype)
         torch.mm(a.t(), grad_e.mul_(scale), out=grad_w_down[e])
         torch.mm(x_e.mul_(scale).t(), grad_h, out=grad_w_up[e])
         if b_down is not None:
             torch.sum(grad_e, 0, out=grad_b_down[e])
         if up_bias:
             torch.mv(grad_h.t(), scale.squeeze(1), out=grad_b_up[e])
-    for e in idle:
-        grad_w_up[e] = 0
-        grad_w_down[e] = 0
+
+    _for_each_expert(expert_offsets, h.numel(), work)
+    for e in (expert_offsets.diff() == 0).nonzero().flatten().tolist():  # experts without a token
+        for grad in (grad_w_up, grad_b_up, grad_w_down, grad_b_down):
+            if grad.numel():
+                grad[e] = 0
+    grad_x = _sum_over_slots(grad_rows, permutation, top_k).to(x.dtype)
     grad_topk_weights = torch.empty_like(topk_weights)
     grad_topk_weights.view(-1)[permutation] = grad_scale
-    return [grad_x.to(x.dtype, copy=False), grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights]
+    return [grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights]
 
 
 @_backward.register_fake

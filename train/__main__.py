@@ -52,7 +52,7 @@ def environment(device: torch.device, world: World) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **versions, "torch": torch.__version__},
         "platform": platform.platform(),
         "device": device_name(device),
         "devices": world.size,

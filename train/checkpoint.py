@@ -14,6 +14,9 @@ import json
 import os
 import random
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +146,10 @@ class Checkpoints:
         failure = None
         try:
             weights, moments = get_state_dict(model, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=self.world.size == 1)
+            with _one_process_is_meant():
+                dcp.save(
+                    {"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=self.world.size == 1
+                )
             torch.save(_rng_state(device), temporary / f"rng_rank{self.world.rank:05d}.pt")
         except (OSError, CheckpointException, RuntimeError) as error:
             failure = _as_os_error(error, temporary)
@@ -184,7 +190,8 @@ class Checkpoints:
         weights, moments = get_state_dict(model, optimizer if optimizer is not None else [])
         wanted = {"model": weights, **({"optimizer": moments} if optimizer is not None else {})}
         try:
-            dcp.load(wanted, checkpoint_id=path, no_dist=self.world.size == 1)
+            with _one_process_is_meant():
+                dcp.load(wanted, checkpoint_id=path, no_dist=self.world.size == 1)
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"checkpoint {path}: cannot be loaded: {_first_line(error)}") from error
         set_state_dict(
@@ -197,6 +204,14 @@ class Checkpoints:
         if optimizer is not None and rng.exists():
             _set_rng_state(torch.load(rng, weights_only=True), device)
         return state
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Keep torch.distributed.checkpoint from warning that it runs in a single process: it was told to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -95,6 +95,8 @@ class Shard:
     def map(self) -> np.ndarray:
         """The tokens as a read-only memory map `(tokens,)`. Raises InputError when the file cannot be mapped."""
         self.check_size()
+        if self.tokens == 0:  # nothing cannot be mapped
+            return np.empty(0, self.dtype)
         try:
             mapped = np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
         except (OSError, ValueError) as error:
@@ -165,10 +167,11 @@ def read_shard(data_dir: str | os.PathLike, name: str, meta: Meta) -> Shard:
     """
     path = Path(data_dir) / name
     record = (meta.shards or {}).get(name)
+    raw = meta.dtype.newbyteorder("<")  # a .bin has no header that could say otherwise
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            dtype, offset, tokens = _npy_header(path, file) if name.endswith(".npy") else (meta.dtype, 0, None)
+            dtype, offset, tokens = _npy_header(path, file) if name.endswith(".npy") else (raw, 0, None)
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing, but listed in meta.json") from error
     except OSError as error:
@@ -245,35 +248,38 @@ def _npy_header(path: Path, file: Any) -> tuple[np.dtype, int, int]:
     return dtype, file.tell(), shape[0]
 
 
-def _text(path: Path, data: dict, key: str) -> str:
+def _text(where: Path | str, data: dict, key: str) -> str:
     if not isinstance(data.get(key), str) or not data[key]:
-        raise InputError(f"{path}: {key} must be a non-empty string, got {data.get(key)!r}")
+        raise InputError(f"{where}: {key} must be a non-empty string, got {data.get(key)!r}")
     return data[key]
 
 
-def _number(path: Path, data: dict, key: str, low: int, high: int | None = None) -> int:
+def _number(where: Path | str, data: dict, key: str, low: int, high: int | None = None) -> int:
     value = data.get(key)
     if type(value) is not int or value < low or (high is not None and value > high):  # JSON's true is an int too
         span = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"{path}: {key} must be a whole number {span}, got {value!r}")
+        raise InputError(f"{where}: {key} must be a whole number {span}, got {value!r}")
     return value
 
 
 def _shard_records(path: Path, listed: Any) -> dict[str, ShardRecord]:
-    if not isinstance(listed, dict):
-        raise InputError(f"{path}: shards must be an object of file names, got {type(listed).__name__}")
-    records = {}
-    for name, entry in listed.items():
+    """From a list of `{"file", "tokens"}` with, where known, `"split"` and `"sha256"`."""
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise InputError(f"{path}: shards must be a list of objects with file and tokens")
+    records: dict[str, ShardRecord] = {}
+    for entry in listed:
+        name, sha256 = _text(path, entry, "file"), entry.get("sha256")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise InputError(f"{path}: shards: {name!r} must be a path inside the data folder")
         if _split_of(name) is None:
             raise InputError(f"{path}: shards: {name!r} is neither *_train_*.npy, *_val_*.npy, train.bin nor val.bin")
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: shards: {name}: expected an object with tokens, got {type(entry).__name__}")
-        sha256 = entry.get("sha256")
+        if entry.get("split", _split_of(name)) != _split_of(name):
+            raise InputError(f"{path}: shards: {name} has split {entry['split']!r}, which its name contradicts")
+        if name in records:
+            raise InputError(f"{path}: shards: {name} is listed twice")
         if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
             raise InputError(f"{path}: shards: {name}: sha256 must be 64 hexadecimal digits, got {sha256!r}")
-        records[name] = ShardRecord(_number(path, entry, "tokens", 0), sha256)
+        records[name] = ShardRecord(_number(f"{path}: shards: {name}", entry, "tokens", 0), sha256)
     return records
 
 

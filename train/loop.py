@@ -51,7 +51,6 @@ class Step:
     loss: Tensor  # nats per token
     balance: Tensor  # (layers)
     z: Tensor  # (layers)
-    expert_counts: Tensor  # (layers, E), over all ranks
     grad_norm: float
     applied: bool
 
@@ -127,12 +126,12 @@ class Trainer:
 
     # One iteration
 
-    def _loss(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean loss of a micro-batch, balance and z-loss `(layers)`, expert counts `(layers, E)` over all ranks."""
+    def _losses(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean cross-entropy of a micro-batch; balance, with the expert counts of all ranks, and z-loss `(layers)`."""
         counts = all_sum(out.stats.expert_counts.clone(), self.world)
         balance = balance_loss(out.stats, self.model_config.top_k, counts)
         z = z_loss(out.stats, self.model_config.top_k)
-        return out.loss / (self.config.batch_size * self.config.block_size), balance, z, counts
+        return out.loss / (self.config.batch_size * self.config.block_size), balance, z
 
     def train_step(self) -> Step:
         """One optimizer step. All ranks apply it or, when a gradient is not finite, none does."""
@@ -141,16 +140,16 @@ class Trainer:
         for _ in range(config.grad_accum_steps):
             inputs, targets = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
-            mean, balance, z, counts = self._loss(self.model(inputs, targets))
+            mean, balance, z = self._losses(self.model(inputs, targets))
             total = mean + self.aux_coef * balance.sum()
             if config.router_z_coef:
                 total = total + config.router_z_coef * z.sum()
             self.scaler.scale(total / config.grad_accum_steps).backward()
-            parts.append((mean.detach(), balance.detach(), z.detach(), counts))
-        loss, balance, z = (torch.stack(values).mean(0) for values in list(zip(*parts, strict=True))[:3])
+            parts.append((mean.detach(), balance.detach(), z.detach()))
+        loss, balance, z = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
         grad_norm, applied = self._update()
         self.iteration += 1
-        return Step(loss, balance, z, torch.stack([p[3] for p in parts]).sum(0), grad_norm, applied)
+        return Step(loss, balance, z, grad_norm, applied)
 
     def _update(self) -> tuple[float, bool]:
         """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
@@ -182,12 +181,16 @@ class Trainer:
         """Validation loss in nats per token, over the same windows every time and whatever the number of ranks."""
         with self._timed("eval"):
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            counts: Tensor | int = 0
             for inputs, targets in self.val_loader:
-                sums[0] += self.model(inputs, targets).loss
-                sums[1] += (targets >= 0).sum()
+                out = self.model(inputs, targets)
+                sums += torch.stack((out.loss.double(), (targets >= 0).sum().double()))
+                counts = counts + out.stats.expert_counts
             total, count = all_sum(sums, self.world).tolist()
+            counts = all_sum(counts, self.world).double()
         self.val_loss = total / count
-        self.log.metrics("eval", self.iteration, loss=self.val_loss)
+        share = {"expert_share": counts / counts.sum(-1, keepdim=True)} if self.config.log_router_stats else {}
+        self.log.metrics("eval", self.iteration, loss=self.val_loss, **share)
         best = " (best)" if self.val_loss < self.best_val_loss else ""
         self.log.note(f"iter {self.iteration}/{self.config.max_iters} | val loss {self.val_loss:.4f}{best}")
         with self._timed("eval"):
@@ -277,9 +280,7 @@ class Trainer:
             "tokens": self.iteration * self.tokens_per_iteration,
         }
         if self.config.log_router_stats:
-            share = step.expert_counts / step.expert_counts.sum(-1, keepdim=True)
-            values |= {"balance_per_layer": balance.tolist(), "expert_share": share.tolist()}
-            values |= {"router_z": float(means[1 + layers :].mean())}
+            values |= {"balance_per_layer": balance.tolist(), "router_z": float(means[1 + layers :].mean())}
         return values
 
     def _log_step(self, step: Step, iterations: int, seconds: float) -> None:

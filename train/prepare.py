@@ -9,6 +9,7 @@ sources (`prepare_sources.py`) → batches of text (`prepare_input.py`) → batc
 
 import os
 import re
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from moe_engine.train.prepare_split import SplitWriter
 from moe_engine.train.tokenizer import load_tokenizer
 
 _MOST_WORKERS = 5  # unless asked for more: keeps all processes together below 1 GB
+_BYTES_PER_WORKER = 32 << 20  # of input; the start of a process is worth it from here
 
 
 @dataclass
@@ -35,7 +37,7 @@ class PrepareConfig:
     """The options of `moe-prepare`."""
 
     out_dir: str = option(help="folder for the data set")
-    input: list[str] = option(  # noqa: RUF009 (a dataclass field)
+    input: list[str] = option(
         default_factory=list,
         help="text files, folders, .jsonl or .parquet files (also .gz, .zst), or - for standard input",
     )
@@ -52,7 +54,9 @@ class PrepareConfig:
     text_key: str = option("text", "key of the text in JSON lines")
     text_column: str = option("text", "column of the text in parquet files and in FineWeb-Edu")
     dataset: str | None = option(None, "name of the data set [default: that of the source or the first input]")
-    workers: int = option(0, f"processes; 0: one per core, at most {_MOST_WORKERS} (each takes about 120 MB of memory)")
+    workers: int = option(
+        0, f"processes; 0: one per core, at most {_MOST_WORKERS} (120 MB of memory each), fewer for small inputs"
+    )
     max_tokens: int = option(0, "stop after about this many tokens; 0: read everything")
     overwrite: bool = option(False, "replace a finished data set in --out_dir")
 
@@ -103,10 +107,10 @@ def _prepare(config: PrepareConfig) -> Prepared:
     name = _check(config)
     tokenizer = load_tokenizer(config.tokenizer)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    workers = config.workers or min(_cores(), _MOST_WORKERS)
     options = EncodeOptions(tokenizer.name, dtype, config.seed, config.text_key, config.text_column)
     out_dir, tally = Path(config.out_dir), Tally()
     batches = _batches(config, out_dir, tally)
+    workers = config.workers or _default_workers(tally.total_bytes)
     text_bytes = characters = empty = 0
     patterns = [f"{name}_{split}_{{}}.npy" if config.format == "npy" else f"{split}.bin" for split in ("train", "val")]
     limit = config.shard_tokens if config.format == "npy" else 0
@@ -181,15 +185,17 @@ def _check(config: PrepareConfig) -> str:
     return config.dataset
 
 
-def _cores() -> int:
-    """Cores this process may use; a container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _default_workers(total_bytes: int) -> int:
+    """One per core this process may use, within reason for the size of the input (0: unknown)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    useful = 1 + total_bytes // _BYTES_PER_WORKER if total_bytes else cores
+    return min(cores, useful, _MOST_WORKERS)
 
 
 def _processor_seconds() -> float:
     """Of this process and of those children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def report(done: Prepared, out_dir: str) -> str:

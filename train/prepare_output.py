@@ -50,13 +50,16 @@ class DatasetFolder:
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.staging / _LOCK, "wb")
+        except OSError as error:
+            self._leave()
+            raise InputError(f"--out_dir {self.path}: cannot write there ({error.strerror})") from None
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise InputError(f"--out_dir {self.path}: another moe-prepare is writing there") from None
-        except OSError as error:
-            self._leave()
-            raise InputError(f"--out_dir {self.path}: cannot write there ({error.strerror})") from None
+        except OSError:
+            pass  # some network file systems have no locks: there, two runs into one folder are the user's to avoid
         try:
             self._remove_leftovers()
             self._check()

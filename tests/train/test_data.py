@@ -23,6 +23,8 @@ from moe_engine.train.data import (
     read_meta,
 )
 from moe_engine.train.errors import InputError
+from moe_engine.train.prepare import PrepareConfig, prepare
+from moe_engine.train.tokenizer import load_tokenizer
 
 BLOCK = 8
 
@@ -35,7 +37,7 @@ def write_meta(folder, **changes):
 
 def listing(**tokens):
     """The shards entry of meta.json for names given as `toy_train_0=100`."""
-    return {f"{name}.npy": {"tokens": n} for name, n in tokens.items()}
+    return [{"file": f"{name}.npy", "tokens": n} for name, n in tokens.items()]
 
 
 @pytest.fixture
@@ -99,7 +101,10 @@ def test_guide_meta_takes_dtype_of_bin_from_the_vocabulary(tmp_path, vocab_size,
 
 
 def test_own_meta(folder):
-    shards = {"toy_train_000000.npy": {"tokens": 100, "sha256": "0" * 64}, "toy_val_000000.npy": {"tokens": 100}}
+    shards = [
+        {"file": "toy_train_000000.npy", "split": "train", "tokens": 100, "sha256": "0" * 64},
+        {"file": "toy_val_000000.npy", "tokens": 100},
+    ]
     write_meta(folder, dtype="uint16", eot=0, shards=shards, documents=3, tokens={"train": 100, "val": 100})
     meta = read_meta(folder)
     assert meta.dtype == np.uint16 and meta.eot == 0
@@ -121,20 +126,26 @@ BAD_META = {
     "eot outside the vocabulary": ({"eot": 1000}, "eot must be a whole number from 0 to 999, got 1000"),
     "dtype unknown": ({"dtype": "float32"}, "dtype must be one of uint8, uint16"),
     "dtype no text": ({"dtype": [2]}, "dtype must be one of uint8, uint16"),
-    "shards a list": ({"shards": ["a"]}, "shards must be an object of file names, got list"),
-    "shard entry a number": (
-        {"shards": {"a_train_0.npy": 7}},
-        "expected an object with tokens, got int",
-    ),
+    "shards an object": ({"shards": {"a_train_0.npy": 7}}, "shards must be a list of objects with file and tokens"),
+    "shard entry a name": ({"shards": ["a_train_0.npy"]}, "shards must be a list of objects with file and tokens"),
+    "shard without file": ({"shards": [{"tokens": 1}]}, "file must be a non-empty string, got None"),
     "shard without tokens": (
-        {"shards": {"a_train_0.npy": {}}},
-        "tokens must be a whole number of at least 0",
+        {"shards": [{"file": "a_train_0.npy"}]},
+        "a_train_0.npy: tokens must be a whole number of",
     ),
-    "bad sha256": ({"shards": {"a_train_0.npy": {"tokens": 1, "sha256": "x"}}}, "sha256 must be 64 hexadecimal digits"),
-    "absolute path": ({"shards": {"/a_train_0.npy": {"tokens": 1}}}, "'/a_train_0.npy' must be a path inside"),
-    "path that leaves": ({"shards": {"b/../../a_train_0.npy": {"tokens": 1}}}, "must be a path inside the data folder"),
-    "path with NUL": ({"shards": {"a_train_\0.npy": {"tokens": 1}}}, "must be a path inside the data folder"),
-    "name of no split": ({"shards": {"a_test_0.npy": {"tokens": 1}}}, "'a_test_0.npy' is neither *_train_*.npy"),
+    "absolute path": ({"shards": listing(**{"/a_train_0": 1})}, "'/a_train_0.npy' must be a path inside"),
+    "path that leaves": ({"shards": listing(**{"b/../../a_train_0": 1})}, "must be a path inside the data folder"),
+    "path with NUL": ({"shards": listing(**{"a_train_\0": 1})}, "must be a path inside the data folder"),
+    "name of no split": ({"shards": listing(a_test_0=1)}, "'a_test_0.npy' is neither *_train_*.npy"),
+    "listed twice": ({"shards": 2 * listing(a_train_0=1)}, "a_train_0.npy is listed twice"),
+    "other split": (
+        {"shards": [{"file": "a_train_0.npy", "split": "val", "tokens": 1}]},
+        "a_train_0.npy has split 'val', which its name contradicts",
+    ),
+    "bad sha256": (
+        {"shards": [{"file": "a_train_0.npy", "tokens": 1, "sha256": "x"}]},
+        "a_train_0.npy: sha256 must be 64 hexadecimal digits",
+    ),
 }
 
 
@@ -194,6 +205,28 @@ def test_bin_files(tmp_path):
     assert TokenDataset.open(tmp_path, "val", 10).window(0).tolist() == list(range(50, 61))
 
 
+@pytest.mark.parametrize("format", ["npy", "bin"])
+def test_what_prepare_writes(tmp_path, format):
+    try:
+        load_tokenizer("o200k_base:1024")
+    except InputError as error:
+        pytest.skip(str(error))  # a host without the ranks and without a network
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"Document {number}. " + "The cat sat on the mat. " * (number + 1))
+    out = tmp_path / "out"
+    options = {"tokenizer": "o200k_base:1024", "shard_tokens": 2000, "val_fraction": 0.2, "workers": 1}
+    recorded = prepare(PrepareConfig(out_dir=str(out), input=[str(tmp_path)], format=format, **options)).meta
+    meta = read_meta(out)
+    assert (meta.vocab_size, meta.eot, meta.dtype) == (recorded["vocab_size"], recorded["eot"], np.uint16)
+    for split in ("train", "val"):
+        dataset = TokenDataset.open(out, split, 16)
+        assert dataset.num_tokens == recorded["tokens"][split]
+        assert all(shard.sha256 for shard in dataset.shards) and not dataset.notes
+        inputs, _ = dataset.batch(range(dataset.num_windows))
+        assert (inputs == meta.eot).any()
+    assert (len(TokenDataset.open(out, "train", 16).shards) > 1) == (format == "npy")
+
+
 def test_npy_format_version_2(folder):
     with open(folder / "toy_train_000001.npy", "wb") as file:
         np.lib.format.write_array(file, np.arange(100, 157, dtype=np.uint16), version=(2, 0))
@@ -239,8 +272,10 @@ def test_no_listed_files_of_a_split(folder):
 def test_both_formats(folder):
     np.arange(50, dtype=np.uint16).tofile(folder / "train.bin")
     assert "both train.bin and *_train_*.npy are present" in error_of(folder)
-    write_meta(folder, shards={"train.bin": {"tokens": 50}})  # meta.json decides
+    write_meta(folder, shards=[{"file": "train.bin", "tokens": 50}])  # meta.json decides
     assert TokenDataset.open(folder, "train", BLOCK).num_tokens == 50
+    write_meta(folder, shards=[{"file": "train.bin", "tokens": 50}, *listing(toy_train_000000=100)])
+    assert TokenDataset.open(folder, "train", BLOCK).num_tokens == 150
 
 
 def test_listed_shard_missing(folder):
@@ -287,6 +322,7 @@ def test_shard_is_a_folder(folder):
         np.save(folder / name, np.zeros(20, np.uint16))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_damaged_npy_headers_never_escape_as_another_error(folder):
     path = folder / "toy_train_000000.npy"
     good, rng = path.read_bytes(), np.random.default_rng(0)
@@ -378,6 +414,7 @@ def test_short_shards_are_noted_once(folder, dataset):
     np.save(folder / "toy_train_000003.npy", np.zeros(BLOCK, np.uint16))
     longer = TokenDataset.open(folder, "train", BLOCK)
     assert longer.num_windows == dataset.num_windows
+    assert [len(shard.map()) for shard in longer.shards] == [100, 57, 0, BLOCK]
     (note,) = longer.notes
     assert "2 of 4 train shards have fewer than block_size + 1 = 9 tokens" in note and "toy_train_000002.npy" in note
 
@@ -419,13 +456,13 @@ def test_fingerprint(folder):
     seen = [fingerprint()]
     assert fingerprint() == seen[0]
     seen.append(fingerprint(BLOCK + 1))
-    sizes = {"toy_train_000000.npy": {"tokens": 100}, "toy_train_000001.npy": {"tokens": 57}}
+    sizes = listing(toy_train_000000=100, toy_train_000001=57)
     write_meta(folder, shards=sizes)
     assert fingerprint() == seen[0]  # listing the same shards changes nothing
-    sizes["toy_train_000000.npy"]["sha256"] = "0" * 64
+    sizes[0]["sha256"] = "0" * 64
     write_meta(folder, shards=sizes)
     seen.append(fingerprint())
-    sizes["toy_train_000000.npy"]["sha256"] = "1" * 64
+    sizes[0]["sha256"] = "1" * 64
     write_meta(folder, shards=sizes)
     seen.append(fingerprint())
     write_meta(folder)

@@ -162,16 +162,21 @@ def test_ranks_from_the_package_need_no_network_and_change_no_environment(no_net
 def test_the_users_cache_is_used_where_the_package_is_missing(no_network, monkeypatch, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / module._PACKAGED["o200k_base"][1]).write_bytes(module._packaged_ranks("o200k_base"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "_packaged_ranks", lambda name: None)
     assert load_tokenizer("o200k_base:512").vocab_size == 513
 
 
 def test_without_package_cache_and_network_the_error_says_what_to_install(no_network, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "_packaged_ranks", lambda name: None)
     with pytest.raises(
         InputError, match=r"'o200k_base'.*\(ConnectionError\).*pip install bpe-openai.*TIKTOKEN_CACHE_DIR"
     ):
         load_tokenizer("o200k_base:8192")
+
+
+def test_a_missing_package_carries_no_ranks(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert module._packaged_ranks("o200k_base") is None
 
 
 def test_an_encoding_that_no_package_carries(no_network):
@@ -199,7 +204,7 @@ def test_a_download_that_works(no_network, monkeypatch, tmp_path):
     content = module._packaged_ranks("cl100k_base")
     if content is None:
         pytest.skip("the ranks come from the package bpe-openai")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "_packaged_ranks", lambda name: None)
     monkeypatch.setattr(tiktoken.load, "read_file", lambda path: content)
     assert load_tokenizer("cl100k_base").eot == 100_257
     assert [p.read_bytes() for p in (tmp_path / "cache").iterdir()] == [content]

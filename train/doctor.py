@@ -1,0 +1,120 @@
+"""`moe-doctor`: is everything in place to train? Runs every check and says what was found, with a remedy.
+
+    moe-doctor --data_dir data/mine --preset tiny
+
+machine (`doctor_machine.py`), data (`doctor_data.py`), a small model (`doctor_model.py`). Exit status: 0, 1 if a check
+is a FAIL, 2 for a mistyped flag.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from moe_engine.presets import PRESETS
+from moe_engine.train.cli import run_command
+from moe_engine.train.config import TrainConfig, resolve
+from moe_engine.train.doctor_check import Result, Setup
+from moe_engine.train.doctor_data import data_checks
+from moe_engine.train.doctor_machine import machine_checks
+from moe_engine.train.doctor_model import model_checks
+from moe_engine.train.options import option
+
+_STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """The options of `moe-doctor`; those of a run that are not given are the preset's."""
+
+    data_dir: str = option(help="folder with tokenized data")
+    preset: str = option("8b", "model size that is to be trained", choices=tuple(PRESETS))
+    batch_size: int | None = option(None, "sequences per device and micro-step [default: the preset's]")
+    block_size: int | None = option(None, "context length in tokens [default: the preset's]")
+    grad_accum_steps: int | None = option(None, "micro-steps per optimizer step [default: the preset's]")
+    out_dir: str | None = option(None, "run folder, for the check of the disk [default: the preset's]")
+    deep: bool = option(False, "read everything: every shard against its checksum, every token id")
+    json: bool = option(False, "print one JSON object and nothing else")
+
+    def train_config(self) -> TrainConfig:
+        """What `moe-train` would run with, given these options. Raises InputError for a value out of range."""
+        names = {field.name for field in fields(TrainConfig)}
+        return resolve({k: v for k, v in asdict(self).items() if k in names and v is not None})
+
+
+class Screen:
+    """Results on standard output: colours and a sign of life on a terminal, plain lines anywhere else."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False, quiet=quiet)
+
+    def busy(self, name: str) -> Any:
+        """A context in which a check is shown to be under way."""
+        return self._console.status(f"checking {name}") if self._console.is_terminal else nullcontext()
+
+    def show(self, result: Result) -> None:
+        """One result: a line, and a second one with the remedy."""
+        self._print((result.status, _STYLES[result.status]), f"  {result.name:<16}  {result.found}")
+        if result.remedy:
+            self._print((" " * 24 + "remedy: ", "bold"), result.remedy)
+
+    def close(self, counts: Counter[str], seconds: float) -> None:
+        """The summary."""
+        self._print(
+            (f"{counts.total()} checks", "bold"),
+            f" in {seconds:.1f} s: {counts['PASS']} passed, {counts['WARN']} with a warning, {counts['FAIL']} failed",
+        )
+
+    def _print(self, head: tuple[str, str], rest: str) -> None:
+        from rich.text import Text
+
+        # Names of files and the text of the data must not stop the report on a terminal that is not UTF-8.
+        encoding = self._console.encoding
+        plain = rest.encode(encoding, "backslashreplace").decode(encoding)
+        self._console.print(Text.assemble(head, plain), soft_wrap=True)
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Run all checks and report; returns the exit status."""
+    begin = time.perf_counter()
+    train_config = config.train_config()
+    setup, screen = Setup(train_config, config.deep), Screen(quiet=config.json)
+    results = []
+    for check in [*machine_checks(), *data_checks(config.deep), *model_checks()]:
+        with screen.busy(check.name):
+            result = check.run(setup)
+        screen.show(result)
+        results.append(result)
+    counts = Counter(result.status for result in results)
+    seconds = time.perf_counter() - begin
+    screen.close(counts, seconds)
+    if config.json:
+        report = {
+            "checks": [asdict(result) for result in results],
+            "passed": counts["PASS"],
+            "warned": counts["WARN"],
+            "failed": counts["FAIL"],
+            "data_dir": config.data_dir,
+            "preset": config.preset,
+            "deep": config.deep,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(report))
+    return 1 if counts["FAIL"] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return run_command("moe-doctor", DoctorConfig, doctor, argv, "Check that everything is in place to train.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
