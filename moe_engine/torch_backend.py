@@ -243,7 +243,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, w_up, b_up, w_down, b_down, topk_weights, permutation, expert_offsets, alpha, offset, limit):
-    return torch.empty_like(x), x.new_empty(permutation.numel(), w_up.shape[2])
+    return x.new_empty(x.shape), x.new_empty(permutation.numel(), w_up.shape[2])
 
 
 @torch.library.custom_op("moe_engine::expert_mlp_torch_backward", mutates_args=())
@@ -301,7 +301,7 @@ def _backward(
 @_backward.register_fake
 def _(grad_out, x, h, w_up, w_down, b_down, topk_weights, permutation, expert_offsets, up_bias, alpha, offset, limit):
     return [
-        torch.empty_like(x),
+        x.new_empty(x.shape),
         torch.empty_like(w_up),
         w_up.new_empty(w_up.shape[0], w_up.shape[2]) if up_bias else w_up.new_empty(0),
         torch.empty_like(w_down),

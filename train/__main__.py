@@ -23,13 +23,13 @@ from moe_engine.train import parallel
 from moe_engine.train.checkpoint import Checkpoints, write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
-from moe_engine.train.data import read_meta
 from moe_engine.train.device import device_name, keep_freed_memory, pick_device
 from moe_engine.train.errors import InputError
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.options import option
 from moe_engine.train.parallel import World
+from moe_engine.train.shards import read_meta
 from moe_engine.train.signs import format_seconds
 
 CONFIG_FILE, ENV_FILE = "config.toml", "env.json"

@@ -58,7 +58,9 @@ class Screen:
 
     def busy(self, name: str) -> Any:
         """A context in which a check is shown to be under way."""
-        return self._console.status(f"checking {name}") if self._console.is_terminal else nullcontext()
+        if not self._console.is_terminal:
+            return nullcontext()
+        return self._console.status(f"checking {name}", spinner="line")  # drawn in ASCII
 
     def show(self, result: Result) -> None:
         """One result: a line, and a second one with the remedy."""

@@ -17,8 +17,8 @@ import torch
 
 from moe_engine.config import ModelConfig
 from moe_engine.train.config import TrainConfig
-from moe_engine.train.data import Meta, Shard, Split, find_shards, read_meta, read_shard
 from moe_engine.train.errors import InputError
+from moe_engine.train.shards import Meta, Shard, Split, find_shards, read_meta, read_shard
 from moe_engine.train.tokenizer import Tokenizer, load_tokenizer
 
 Status = Literal["PASS", "WARN", "FAIL"]

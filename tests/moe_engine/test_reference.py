@@ -3,31 +3,34 @@
 Whether its understanding of gpt-oss and Mixtral is right is a question for transformers, see test_model.py.
 """
 
+import functools
 import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck
 
 from moe_engine import ModelConfig, MoEConfig, MoELayer, reference
 from moe_engine.config import ACTIVATIONS
 from moe_engine.testing import normal, parameters
+
+gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)  # along random directions, not every one
 
 
 @pytest.mark.parametrize("gate", ["softmax_over_topk", "softmax_then_topk"])
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
 def test_moe_gradients_against_finite_differences(gate, activation, biases):
-    config = MoEConfig(4, 3, 5, 2, activation, biases, biases, gate)
+    config = MoEConfig(3, 2, 4, 2, activation, biases, biases, gate)
     params = parameters(MoELayer(config))
-    params["w_up"] *= 6  # some values of h lie beyond swiglu_oai's limit
-    names = list(params)
+    params["w_up"] *= 6
+    names, x = list(params), normal(6, 3)
+    assert 0.02 < ((x @ params["w_up"]).abs() > 7).double().mean() < 0.5  # swiglu_oai's limit matters, not everywhere
 
     def outputs(x, *values):
         result = reference.moe(x, dict(zip(names, values, strict=True)), config)
         return result.out, result.topk_weights, result.prob_sum, result.lse_sq
 
-    assert gradcheck(outputs, (normal(7, 4).requires_grad_(), *(v.requires_grad_() for v in params.values())))
+    assert gradcheck(outputs, (x.requires_grad_(), *(v.requires_grad_() for v in params.values())))
 
 
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])

@@ -1,10 +1,16 @@
-"""A small data folder and small configurations for the tests of the driver."""
+"""Small data folders and configurations for the tests of the driver, and what the tests of preparation share."""
 
+import gzip
+import hashlib
 import json
 
 import numpy as np
 import pytest
+
 from moe_engine.train.config import ModelOverrides, TrainConfig, resolve
+from moe_engine.train.errors import InputError
+from moe_engine.train.prepare import PrepareConfig, prepare
+from moe_engine.train.tokenizer import load_tokenizer
 
 MODEL = {
     "num_layers": 2,
@@ -14,6 +20,7 @@ MODEL = {
     "head_dim": 8,
     "d_ff": 32,
     "num_experts": 4,
+    "top_k": 2,
     "sliding_window": 8,
     "vocab_size": 264,
 }
@@ -70,3 +77,131 @@ def small_run(token_folder, tmp_path):
         return config
 
     return make
+
+
+# -- shards that count --
+
+
+@pytest.fixture(scope="session")
+def write_meta():
+    """Writes the guide's three keys to meta.json, changed or (with ...) removed."""
+
+    def write(folder, **changes):
+        meta = {"tokenizer": "gpt2", "vocab_size": 1000, "dataset": "toy"} | changes
+        (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if v is not ...}))
+
+    return write
+
+
+@pytest.fixture
+def data_dir(tmp_path, write_meta):
+    """Two training shards and one validation shard; token i of the data set is i, so that order can be read off."""
+    write_meta(tmp_path)
+    # With a block of 8: 12 windows and 3 tokens in the tail, then 7 windows and no tail.
+    np.save(tmp_path / "toy_train_000000.npy", np.arange(0, 100, dtype=np.uint16))
+    np.save(tmp_path / "toy_train_000001.npy", np.arange(100, 157, dtype=np.uint16))
+    np.save(tmp_path / "toy_val_000000.npy", np.arange(500, 600, dtype=np.uint16))
+    return tmp_path
+
+
+# -- preparation --
+
+
+@pytest.fixture(scope="session")
+def spec():
+    """A small vocabulary. GPU hosts may have neither the ranks nor a network."""
+    spec = "o200k_base:1024"
+    try:
+        load_tokenizer(spec)
+    except InputError as error:
+        pytest.skip(str(error))
+    return spec
+
+
+@pytest.fixture(scope="session")
+def random_texts():
+    """Makes so many different documents of random words."""
+
+    def make(count, words=40):
+        random = np.random.default_rng(count)
+        vocabulary = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "12", "naïve", "世界", "birds.\n"]
+        return [f"{i} " + " ".join(random.choice(vocabulary, words)) for i in range(count)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_jsonl():
+    """Writes documents as JSON lines, packed as the path's ending says; returns the path."""
+
+    def write(path, documents, key="text"):
+        data = "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(documents)).encode()
+        if path.suffix == ".gz":
+            data = gzip.compress(data)
+        elif path.suffix == ".zst":
+            zstandard = pytest.importorskip("zstandard")
+            half = len(data) // 2  # two frames, as concatenated files have
+            data = zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_parquet():
+    """Writes documents as a parquet file of several row groups; returns the path."""
+
+    def write(path, documents, column="text"):
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"id": list(range(len(documents))), column: documents}), path, row_group_size=7)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def run_prepare(spec, read_prepared):
+    """Prepares with a small vocabulary in this process; returns (meta, documents of train, documents of val)."""
+
+    def run(out_dir, *inputs, **options):
+        options = {"tokenizer": spec, "workers": 1, **options}
+        prepare(PrepareConfig(out_dir=str(out_dir), input=[str(i) for i in inputs], **options))
+        return read_prepared(out_dir)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def read_prepared():
+    """Reads meta.json and the decoded documents, after checking every record in it against the files."""
+
+    def read(out_dir):
+        meta = json.loads((out_dir / "meta.json").read_text())
+        tokenizer = load_tokenizer(meta["tokenizer"])
+        assert (meta["vocab_size"], meta["eot"]) == (tokenizer.vocab_size, tokenizer.eot)
+        streams = {"train": [], "val": []}
+        for shard in meta["shards"]:
+            path = out_dir / shard["file"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+            if meta["format"] == "npy":
+                array = np.load(path, mmap_mode="r")
+            else:
+                array = np.fromfile(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"))
+            assert array.ndim == 1 and array.dtype == meta["dtype"] and len(array) == shard["tokens"]
+            streams[shard["split"]].append(np.array(array))
+        files = {p.name for p in out_dir.iterdir()}
+        assert files == {"meta.json", *(shard["file"] for shard in meta["shards"])}, "leftovers"
+        documents = {}
+        for split, arrays in streams.items():
+            stream = np.concatenate(arrays)
+            ends = np.flatnonzero(stream == tokenizer.eot)
+            assert ends[-1] == len(stream) - 1, "every document ends with the end-of-text token"
+            assert len(ends) == meta["documents"][split] and len(stream) == meta["tokens"][split]
+            documents[split] = [tokenizer.decode(part) for part in np.split(stream, ends + 1)[:-1]]
+            documents[split] = [text.removesuffix("<|endoftext|>") for text in documents[split]]
+        return meta, documents["train"], documents["val"]
+
+    return read

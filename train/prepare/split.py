@@ -3,8 +3,9 @@
 import numpy as np
 
 from moe_engine.train.errors import InputError
-from moe_engine.train.prepare_encode import Encoded
-from moe_engine.train.prepare_output import ShardWriter
+from moe_engine.train.prepare.encode import Encoded
+from moe_engine.train.prepare.inputs import LONE_BYTES
+from moe_engine.train.prepare.output import ShardWriter
 
 # The first documents are kept in memory up to here (16 to 32 MB), to see whether the data set ends among them.
 HELD_TOKENS = 8_000_000
@@ -60,8 +61,8 @@ class SplitWriter:
             side = "validation" if self.documents["val"] == 0 else "training"
             many = "only one document" if count == 1 else f"{count} documents, but not two different ones"
             raise InputError(
-                f"{many}, so the {side} part is empty; give more documents, or one text file of more than 256 KB"
-                " (such a file is cut into sections that count as documents)"
+                f"{many}, so the {side} part is empty; give more documents, or a text file of at least"
+                f" {2 * LONE_BYTES >> 10} KB (a lone one is cut into sections that count as documents)"
             )
 
     def _release(self, complete: bool) -> None:

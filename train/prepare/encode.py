@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moe_engine.train.errors import InputError
-from moe_engine.train.prepare_input import BATCH_BYTES, Batch
+from moe_engine.train.prepare.inputs import BATCH_BYTES, Batch
 from moe_engine.train.tokenizer import load_tokenizer
 
 _BATCHES_PER_WORKER = 3  # in flight: one at work, one waiting, one being collected

@@ -1,16 +1,8 @@
-"""`moe-prepare`: text in, token shards and `meta.json` out.
-
-    moe-prepare --input book.txt notes/ web.jsonl.zst --out_dir data/mine
-    moe-prepare --source stdlib --out_dir data/stdlib --tokenizer o200k_base:4096
-
-sources (`prepare_sources.py`) → batches of text (`prepare_input.py`) → batches of tokens, over processes
-(`prepare_encode.py`) → training or validation (`prepare_split.py`) → shards (`prepare_output.py`).
-"""
+"""The command `moe-prepare`: its options, the flow from input to data set, its report."""
 
 import os
 import re
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,16 +12,31 @@ from typing import Any
 
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
-from moe_engine.train.prepare_encode import EncodeOptions, encode_batches, interrupts_held
-from moe_engine.train.prepare_input import Batch, hub_columns, read_batches, row_batches
-from moe_engine.train.prepare_output import DatasetFolder, ShardWriter
-from moe_engine.train.prepare_progress import Progress
-from moe_engine.train.prepare_sources import STDIN, Tally, find_sources, stdlib_sources
-from moe_engine.train.prepare_split import SplitWriter
+from moe_engine.train.prepare.encode import EncodeOptions, encode_batches, interrupts_held
+from moe_engine.train.prepare.inputs import (
+    LONE_BYTES,
+    SECTION_BYTES,
+    WHOLE_BYTES,
+    Batch,
+    hub_columns,
+    read_batches,
+    row_batches,
+)
+from moe_engine.train.prepare.output import DatasetFolder, ShardWriter
+from moe_engine.train.prepare.progress import Progress
+from moe_engine.train.prepare.sources import STDIN, Tally, find_sources, stdlib_sources
+from moe_engine.train.prepare.split import SplitWriter
 from moe_engine.train.tokenizer import load_tokenizer
 
 _MOST_WORKERS = 5  # unless asked for more: keeps all processes together below 1 GB
 _BYTES_PER_WORKER = 32 << 20  # of input; the start of a process is worth it from here
+
+_DOC = f"""Turn text into token shards and a meta.json for training.
+
+A document is a text file, a JSON line or a table's row. A text file of more than {WHOLE_BYTES >> 10} KB is cut at line
+ends into sections of about {SECTION_BYTES >> 10} KB that count as documents. A smaller one that is the only document is
+cut so too, into sections of about {LONE_BYTES >> 10} KB: it needs {2 * LONE_BYTES >> 10} KB or more.
+"""
 
 
 @dataclass
@@ -231,10 +238,4 @@ def main(argv: list[str] | None = None) -> int:
     """The command `moe-prepare`. Returns the exit status."""
     from moe_engine.train.cli import run_command
 
-    return run_command(
-        "moe-prepare", PrepareConfig, _command, argv, doc="Turn text into token shards and a meta.json for training."
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command("moe-prepare", PrepareConfig, _command, argv, _DOC)

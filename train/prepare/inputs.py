@@ -1,7 +1,7 @@
 """Reads text files, JSON lines, parquet files and standard input in batches of about a megabyte.
 
 Reading happens in the parent process and is cheap: bytes are cut where documents or lines end, and UTF-8 is checked.
-What costs time (JSON, tokens) happens in `prepare_encode.py`, in the workers. Batches are the same, in the same order,
+What costs time (JSON, tokens) happens in `encode.py`, in the workers. Batches are the same, in the same order,
 however many workers there are.
 """
 
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from moe_engine.train.errors import InputError
-from moe_engine.train.prepare_sources import STDIN, TABLES, Source, Tally, suffixes
+from moe_engine.train.prepare.sources import STDIN, TABLES, Source, Tally, suffixes
 
 BATCH_BYTES = 1 << 20
 # A plain text longer than WHOLE is many documents of about SECTION: one book then has a validation part, and memory
-# stays bounded.
+# stays bounded. So that a shorter one has that part too, it is cut into about LONE when it is the whole input.
 WHOLE_BYTES = 256 << 10
 SECTION_BYTES = 64 << 10
+LONE_BYTES = 4 << 10
 MAX_LINE_BYTES = 32 << 20
 _CHUNK = 1 << 20
 _ZSTD_CHUNK = 16 << 10  # what one piece unpacks to has no bound, only a ratio
@@ -57,12 +58,14 @@ class NotText(Exception):
 def read_batches(sources: Iterable[Source], text_column: str, tally: Tally) -> Iterator[Batch]:
     """All sources in order, small texts gathered into batches of about BATCH_BYTES.
 
+    If there is only one document, and it is a plain text, its sections are the documents.
+
     Raises:
         InputError: a file that was named is binary or not UTF-8; a damaged archive; a column that does not exist; a
             line that does not end.
     """
     gathered: list[bytes] = []
-    size = 0
+    size = batches = 0
     for source in sources:
         for item in _read(source, text_column, tally):
             if isinstance(item, bytes):
@@ -70,9 +73,12 @@ def read_batches(sources: Iterable[Source], text_column: str, tally: Tally) -> I
                 size += len(item)
             if gathered and (size >= BATCH_BYTES or not isinstance(item, bytes)):
                 yield Batch("text", "", 1, gathered, size)
-                gathered, size = [], 0
+                gathered, size, batches = [], 0, batches + 1
             if not isinstance(item, bytes):
                 yield item
+                batches += 1
+    if batches == 0 and len(set(filter(bytes.strip, gathered))) == 1:  # one text, perhaps with copies or empty files
+        gathered = [section for text in gathered for section in _sections(text)]
     if gathered:
         yield Batch("text", "", 1, gathered, size)
 
@@ -239,20 +245,28 @@ def _documents(chunks: Iterable[bytes]) -> Iterator[bytes]:
         buffer += chunk
         start = 0
         while len(buffer) - start > WHOLE_BYTES:
-            end = _cut(buffer, start)
+            end = _cut(buffer, start + SECTION_BYTES, start + WHOLE_BYTES)
             yield _checked(buffer[start:end], offset + start)
             start, whole = end, False
         buffer, offset = buffer[start:], offset + start
-    while not whole and len(buffer) > SECTION_BYTES and (end := _cut(buffer, 0)) < len(buffer):
+    while not whole and len(buffer) > SECTION_BYTES and (end := _cut(buffer, SECTION_BYTES, WHOLE_BYTES)) < len(buffer):
         yield _checked(buffer[:end], offset)
         buffer, offset = buffer[end:], offset + end
     if buffer or whole:  # also an empty text, to be counted as such
         yield _checked(buffer, offset)
 
 
-def _cut(buffer: bytes, start: int) -> int:
-    """End of the section that begins at `start`: after a line, or failing that between two characters."""
-    end = buffer.find(b"\n", start + SECTION_BYTES, start + WHOLE_BYTES) + 1 or min(start + WHOLE_BYTES, len(buffer))
+def _sections(text: bytes) -> list[bytes]:
+    """A short text in equal parts of LONE_BYTES or a little more, give or take half of that to end with a line."""
+    count = max(len(text) // LONE_BYTES, 1)
+    ideal = [len(text) * i // count for i in range(1, count)]
+    ends = [_cut(text, end, end + LONE_BYTES // 2) for end in ideal]
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+def _cut(buffer: bytes, least: int, most: int) -> int:
+    """Where to end a section, from `least` to `most`: after a line, or failing that between two characters."""
+    end = buffer.find(b"\n", least, most) + 1 or min(most, len(buffer))
     inside = 0  # bytes between the last start of a character and `end`; a UTF-8 sequence has at most four
     while inside < 3 and end < len(buffer) and buffer[end - inside] & 0xC0 == 0x80:
         inside += 1

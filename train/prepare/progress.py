@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-from moe_engine.train.prepare_sources import Tally
+from moe_engine.train.prepare.sources import Tally
 
 _SECONDS_PER_LINE = 10.0
 

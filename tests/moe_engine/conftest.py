@@ -1,0 +1,17 @@
+"""Threads for these tests: their tensors are small, and two threads on a busy machine wait for each other at each of them."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(one_thread):
+    torch.set_num_threads(2)
