@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 __all__ = ["MoEConfig", "MoELayer", "ModelConfig", "Transformer", "preset"]
 
 # Imported at first use: `moe-prepare` and its worker processes must not pay for torch (seconds, 500 MB each).
-_HOMES = {"MoEConfig": "config", "ModelConfig": "config", "Transformer": "model", "MoELayer": "moe", "preset": "presets"}
+_HOMES = {
+    "MoEConfig": "config",
+    "ModelConfig": "config",
+    "Transformer": "model",
+    "MoELayer": "moe",
+    "preset": "presets",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -183,7 +183,7 @@ def assert_budget_bites(exact: Tensor, same_dtype_reference: Tensor) -> None:
     Raises:
         AssertionError: one of them would pass.
     """
-    swapped = exact.clone()
+    swapped = exact.clone(memory_format=torch.contiguous_format)
     rows = swapped.view(-1, swapped.shape[-1]) if swapped.dim() > 1 else swapped
     far = int((rows - rows[:1]).abs().reshape(len(rows), -1).sum(1).argmax())
     rows[torch.tensor([0, far])] = rows[torch.tensor([far, 0])]

@@ -142,6 +142,12 @@ def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:
     )
     if checkpoint:
         log.note(f"resuming from {checkpoint} at iteration {trainer.iteration}")
+    usual = settings.preset(config.preset).vocab_size
+    if model.vocab_size > usual:
+        log.note(
+            f"the data's vocabulary ({trainer.train_data.meta.vocab_size}) enlarges the model's from {usual} to "
+            f"{model.vocab_size} rows"
+        )
     begin = time.perf_counter()
     status = trainer.run(log)
     log.note(f"run folder: {config.out_dir} ({format_seconds(time.perf_counter() - begin)})")
@@ -152,9 +158,8 @@ def _body(argv: Sequence[str] | None) -> int:
     given = parse("moe-train", Flags, argv, "Train a mixture-of-experts language model.")
     file = given.pop("config", None)
     print_only = given.pop("print_config", False)
-    if print_only:
-        given.setdefault("data_dir", "")
-    config = settings.resolve(given, settings.read_toml(file) if file else None)
+    table = settings.read_toml(file) if file else {}
+    config = settings.resolve(given, {"data_dir": "", **table} if print_only else table)
     if print_only:
         known = bool(config.data_dir) and Path(config.data_dir).exists()
         vocab_size = read_meta(config.data_dir).vocab_size if known else 1

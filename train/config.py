@@ -144,6 +144,7 @@ PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {
         **_SMALL_RUN,
         "out_dir": "out/tiny",
+        "sample_every": 200,
         "batch_size": 8,
         "block_size": 256,
         "grad_accum_steps": 1,
@@ -254,8 +255,12 @@ def _toml_lines(table: dict[str, Any]) -> list[str]:
 
 
 def to_toml(config: TrainConfig, model: ModelConfig | None = None) -> str:
-    """The configuration as a TOML file that `--config` reads back; with `model`, its every field in [model]."""
+    """The configuration as a TOML file that `--config` reads back; with `model`, its every field in [model].
+
+    `fresh` is left out: it was meant for one start, and the file must not remove the run it lies in.
+    """
     table = asdict(config)
+    table.pop("fresh")
     overrides = {**table.pop("model"), **(asdict(model) if model else {})}
     lines = _toml_lines(table)
     overridden = _toml_lines(overrides)

@@ -39,7 +39,7 @@ from moe_engine.train.optim import make_optimizer, make_scaler
 from moe_engine.train.parallel import World, all_sum, any_rank
 from moe_engine.train.plots import draw_plots
 from moe_engine.train.signs import WarningSigns, format_train_line
-from moe_engine.train.tokenizer import load_tokenizer
+from moe_engine.train.tokenizer import check_spec, load_tokenizer
 
 MAX_BAD_STEPS = 10  # iterations in a row without a finite gradient before a run gives up
 
@@ -72,7 +72,8 @@ class Trainer:
         self.train_data = TokenDataset.open(config.data_dir, "train", config.block_size)
         val_data = TokenDataset.open(config.data_dir, "val", config.block_size)
         meta = self.train_data.meta
-        self.tokenizer = load_tokenizer(meta.tokenizer) if config.sample_every else None
+        check_spec(meta.tokenizer)
+        self.tokenizer = load_tokenizer(meta.tokenizer) if config.sample_every else None  # training needs no ranks
         self.model_config = config.model_config(meta.vocab_size)
         self.aux_coef = config.aux_coef(self.model_config.num_experts)
         self._check_memory()
@@ -104,13 +105,16 @@ class Trainer:
             raise InputError(
                 f"--preset {self.config.preset}: weights, gradients and optimizer of {total / 1e9:.2f} B parameters "
                 f"take {need / 1e9:.0f} GB per device, this one has {have / 1e9:.0f} GB; "
-                "take a smaller preset or more devices"
+                "take a smaller preset (--preset tiny trains anywhere) or more devices"
             )
 
     def _build_model(self) -> Transformer:
         """Build on meta, shard, give storage once, initialise once, check."""
-        with torch.device("meta"):
-            model = Transformer(self.model_config)
+        try:
+            with torch.device("meta"):
+                model = Transformer(self.model_config)
+        except ValueError as error:  # a backend that is not there
+            raise InputError(f"--model.{error}") from None
         if parallel.start(self.world, self.device, self.dtype):
             parallel.shard(model, self.world, self.device, self.dtype)
         model.to_empty(device=self.device)
@@ -194,10 +198,7 @@ class Trainer:
         best = " (best)" if self.val_loss < self.best_val_loss else ""
         self.log.note(f"iter {self.iteration}/{self.config.max_iters} | val loss {self.val_loss:.4f}{best}")
         with self._timed("eval"):
-            if self.world.is_main:
-                draw_plots(
-                    self.log.out_dir, grad_clip=self.config.grad_clip or None, warmup_iters=self.config.warmup_iters
-                )
+            self._draw()
         return self.val_loss
 
     def sample(self) -> str:
@@ -238,7 +239,7 @@ class Trainer:
             "tokens_per_iteration": self.tokens_per_iteration,
             "tokenizer": self.train_data.meta.tokenizer,
             "vocab_size": self.train_data.meta.vocab_size,
-            "arguments": dataclasses.asdict(self.config),
+            "arguments": dataclasses.asdict(self.config) | {"fresh": False},
         }
         with self._timed("save"):
             path = self.checkpoints.save(self.model, self.optimizer, state, self.device, is_best=is_best)
@@ -351,6 +352,10 @@ class Trainer:
                 signal.signal(number, handler)
             self.loader.close()
 
+    def _draw(self) -> None:
+        if self.world.is_main:
+            draw_plots(self.log.out_dir, grad_clip=self.config.grad_clip or None, warmup_iters=self.config.warmup_iters)
+
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.max_iters)
 
@@ -379,6 +384,7 @@ class Trainer:
                 self.save()
             if stopping or any_rank(self.stop_signal is not None, self.world, self.device):
                 return self._stopped()
+        self._draw()
         return 0
 
     def _stopped(self) -> int:

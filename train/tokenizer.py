@@ -96,6 +96,23 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
+def check_spec(spec: str) -> tuple[str, int | None]:
+    """The encoding and the number of ranks that `spec` names, without loading anything.
+
+    Raises:
+        InputError: unknown name, or N not a number.
+    """
+    name, cut, number = spec.partition(":")
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+        raise InputError(f"tokenizer {spec!r}: no such encoding {name!r}; {hint}")
+    if cut and not (number.isascii() and number.isdigit()):
+        raise InputError(f"tokenizer {spec!r}: expected NAME or NAME:N with a whole number N, e.g. {name}:8192")
+    return name, int(number) if cut else None
+
+
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(spec: str) -> Tokenizer:
     """Build the tokenizer that `spec` names.
@@ -106,19 +123,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
     Raises:
         InputError: unknown name, N not a usable number, or the ranks cannot be had.
     """
-    name, cut, number = spec.partition(":")
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-        raise InputError(f"tokenizer {spec!r}: no such encoding {name!r}; {hint}")
-    if cut and not (number.isascii() and number.isdigit()):
-        raise InputError(f"tokenizer {spec!r}: expected NAME or NAME:N with a whole number N, e.g. {name}:8192")
+    name, count = check_spec(spec)
     parts = _encoding_parts(name)
     if _END_OF_TEXT not in parts["special_tokens"]:
         raise InputError(f"tokenizer {spec!r}: this encoding has no {_END_OF_TEXT} token to put between documents")
-    if cut:
-        parts = _first_ranks(spec, parts, int(number))
+    if count is not None:
+        parts = _first_ranks(spec, parts, count)
     encoding = tiktoken.Encoding(**parts)
     return Tokenizer(parts["name"], encoding.max_token_value + 1, encoding.eot_token, encoding)
 

@@ -1,4 +1,4 @@
-"""Threads for these tests: their tensors are small, and two threads on a busy machine wait for each other at each of them."""
+"""One thread for these tests: their tensors are small, and two on a busy machine wait for each other at every one."""
 
 import pytest
 import torch
@@ -10,8 +10,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def two_threads(one_thread):
-    torch.set_num_threads(2)

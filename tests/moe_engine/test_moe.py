@@ -1,6 +1,7 @@
 """MoELayer and the torch backend against the reference in fp64: forward, every gradient, routing, what is saved."""
 
 import dataclasses
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     tokens: int = 37
     push: float = 0  # added to the router's bias of expert 1: +40 makes it everyone's, −40 nobody's
     stretch: float = 1  # of the up-projection, so that h passes the activation's limit
+    threads: int = 1
 
 
 OAI = MoEConfig(d_model=24, d_ff=20)
@@ -62,7 +64,7 @@ CASES = [
     Case("one hot expert takes everything", _but(OAI, top_k=1), push=40),
     Case("values beyond the limit of swiglu_oai", OAI, stretch=8),
     Case("the same values in plain SwiGLU, which has none", MIXTRAL, stretch=8),
-    Case("enough work for experts side by side", _but(OAI, d_model=32, d_ff=128), tokens=601),
+    Case("enough work for experts side by side", _but(OAI, d_model=32, d_ff=128), tokens=601, threads=2),
 ]
 BALANCE, Z = 3.0, 0.5  # large, so that the gradient through the statistics weighs as much as the one through out
 
@@ -143,6 +145,7 @@ def _least(value: Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_layer_in_fp64(case):
+    torch.set_num_threads(case.threads)
     inputs = _inputs(case, torch.float64)
     actual = _run(_layer(case.config), *inputs, case.config)
     exact = _run(_reference(case.config), *inputs, case.config)
@@ -152,6 +155,7 @@ def test_layer_in_fp64(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_layer_in_fp32(case):
+    torch.set_num_threads(case.threads)
     inputs = _inputs(case, torch.float32)
     actual = _run(_layer(case.config), *inputs, case.config)
     plain = _run(_reference(case.config), *inputs, case.config)
@@ -163,6 +167,7 @@ def test_layer_in_fp32(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_layer_in_16_bits(case, dtype):
+    torch.set_num_threads(case.threads)
     inputs = _inputs(case, dtype)
     actual = _run(_layer(case.config), *inputs, case.config)
     plain = _run(_mixed(case.config), *inputs, case.config)
@@ -381,16 +386,31 @@ def test_reset_parameters():
 
 
 def test_two_runs_agree_bit_for_bit():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for case in (CASES[0], CASES[-1]):
-            for dtype in (torch.float32, torch.bfloat16):
-                inputs = _inputs(case, dtype)
-                first, second = (_run(_layer(case.config), *inputs, case.config) for _ in range(2))
-                assert all(torch.equal(value, second[name]) for name, value in first.items())
-    finally:
+    for case in (CASES[0], CASES[-1]):
+        torch.set_num_threads(2)
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = _inputs(case, dtype)
+            first, second = (_run(_layer(case.config), *inputs, case.config) for _ in range(2))
+            assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_experts_side_by_side_compute_what_they_do_one_after_the_other(monkeypatch):
+    case, activation, seen = CASES[-1], torch_backend._activation, []
+
+    def record(h, act):
+        seen.append(threading.get_ident())
+        return activation(h, act)
+
+    monkeypatch.setattr(torch_backend, "_activation", record)
+    inputs, results = _inputs(case, torch.float32), []
+    for threads in (1, 2):
         torch.set_num_threads(threads)
+        seen.clear()
+        results.append(_run(_layer(case.config), *inputs, case.config))
+        assert (set(seen) == {threading.get_ident()}) == (threads == 1), "this case does not reach the threads"
+    assert torch.get_num_threads() == 2
+    for name in ("out", "grad w_up", "grad b_up", "grad w_down", "grad b_down"):
+        assert torch.equal(results[0][name], results[1][name]), name
 
 
 @pytest.mark.parametrize("config", [OAI, OLMOE], ids=["gpt-oss", "OLMoE"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from moe_engine.train import __main__ as command
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import read_metrics

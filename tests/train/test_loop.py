@@ -152,6 +152,20 @@ def test_another_configuration_is_refused_and_named(small_run):
     assert [r["iter"] for r in records(config)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_runs_own_configuration_resumes_it(small_run, tmp_path, capsys):
+    """`--config out_dir/config.toml` is the run again, also when the run was started with --fresh."""
+    config = small_run(max_iters=6)
+    assert command.train(config) == 0
+    assert command.train(dataclasses.replace(config, fresh=True)) == 0
+    file = Path(config.out_dir) / "config.toml"
+    assert command.main(["--config", str(file), "--max_iters", "8"]) == 0
+    assert [r["iter"] for r in records(config)] == list(range(1, 9))
+    capsys.readouterr()
+    assert command.main(["--config", str(file), "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == file.read_text() and f'data_dir = "{config.data_dir}"' in printed
+
+
 def test_other_data_is_refused(small_run, tmp_path, token_folder):
     config = small_run(max_iters=6)
     assert command.train(config) == 0
@@ -379,6 +393,7 @@ BAD = {
     "no GPU": (["--device", "cuda"], "--device: expected a CUDA or ROCm device, found none"),
     "8b on this machine": (["--preset", "8b"], "--preset 8b"),
     "model field": (["--model.top_k", "9"], "--model.top_k: expected at most min(num_experts, 8) = 4, got 9"),
+    "no such backend": (["--model.backend", "triton"], "--model.backend: this version has torch (or 'auto')"),
     "config missing": (["--config", "no.toml"], "--config no.toml: No such file or directory"),
 }  # fmt: skip
 
@@ -411,13 +426,14 @@ def test_a_token_outside_the_vocabulary_is_named(small_run, token_folder, tmp_pa
     assert "toy_train_000000.npy" in error and "257" in error
 
 
-def test_an_unknown_tokenizer_is_an_error_when_samples_are_wanted(small_run, token_folder, tmp_path, capsys):
+@pytest.mark.parametrize("sample_every", [0, 6])
+def test_an_unknown_tokenizer_is_an_error(small_run, token_folder, tmp_path, capsys, sample_every):
     folder = tmp_path / "data"
     folder.mkdir()
     for path in token_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": "o20k_base"}))
-    config = dataclasses.replace(small_run(), data_dir=str(folder), sample_every=6)
+    config = dataclasses.replace(small_run(), data_dir=str(folder), sample_every=sample_every)
     assert command.main(flags_of(config)) == 2
     assert "o20k_base" in capsys.readouterr().err and not Path(config.out_dir).exists()
