@@ -6,7 +6,14 @@ The folders `kernels`, `train` and `bench` have names too generic to install as 
 from setuptools import setup
 
 setup(
-    packages=["moe_engine", "moe_engine.kernels", "moe_engine.train", "moe_engine.train.prepare", "moe_engine.bench"],
+    packages=[
+        "moe_engine",
+        "moe_engine.kernels",
+        "moe_engine.train",
+        "moe_engine.train.prepare",
+        "moe_engine.train.doctor",
+        "moe_engine.bench",
+    ],
     package_dir={
         "moe_engine": "moe_engine",
         "moe_engine.kernels": "kernels",

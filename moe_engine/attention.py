@@ -122,9 +122,11 @@ class _Plain:
     def backward(grad, q, k, v, out, lse, hidden, scale) -> tuple[Tensor, Tensor, Tensor]:
         scores = (q @ k.transpose(-1, -2)).to(lse.dtype).mul_(scale).masked_fill_(hidden, -math.inf)
         prob = (scores - lse.unsqueeze(-1)).exp_()
-        delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
         grad_v = prob.to(q.dtype).transpose(-1, -2) @ grad
-        grad_scores = ((grad @ v.transpose(-1, -2)).to(lse.dtype) - delta).mul_(prob).mul_(scale).to(q.dtype)
+        grad_prob = (grad @ v.transpose(-1, -2)).to(lse.dtype)
+        # δ from these very numbers, not from the rounded output: where one key has it all, the two cancel to the bit.
+        delta = torch.linalg.vecdot(prob, grad_prob).unsqueeze(-1)
+        grad_scores = (grad_prob - delta).mul_(prob).mul_(scale).to(q.dtype)
         return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v
 
 

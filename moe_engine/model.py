@@ -125,7 +125,8 @@ class Transformer(nn.Module):
             if std is None:
                 parameter.fill_(self.initial_constant(name))
                 continue
-            generator = torch.Generator(parameter.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            # 32 bits, since the generator of a CPU drops all above them.
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
             whole.normal_(std=std, generator=generator)
             if isinstance(parameter, DTensor):

@@ -26,13 +26,10 @@ FP64_SUMS = 64.0
 """Roundings to grant where fp64 is held against fp64: the same terms, added in another order."""
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal values, the same for a seed in every dtype up to rounding."""
-    return torch.randn(shape, generator=_generator(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def _balanced(z: Tensor) -> Tensor:
@@ -114,6 +111,7 @@ class RelativeError(NamedTuple):
 
 def relative_error(values: Tensor, exact: Tensor) -> RelativeError:
     """Distance of values from exact ones (fp64, not all zero, same shape)."""
+    values, exact = values.detach(), exact.detach()
     error = values.double() - exact
     square = exact.square().sum()
     return RelativeError(

@@ -131,8 +131,10 @@ def _for_each_expert(expert_offsets: Tensor, size: int, work: Callable[[int, sli
             work(*group)
         return
 
+    inference = torch.is_inference_mode_enabled()
+
     def detached(group: tuple[int, slice]) -> None:
-        with torch.no_grad():  # grad mode is a thread's own
+        with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
             work(*group)
 
     groups.sort(key=lambda group: group[1].start - group[1].stop)  # the largest first, so that threads end together

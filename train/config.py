@@ -139,17 +139,17 @@ class TrainConfig:
 
 
 # Training defaults that belong to a model size; the guide's own are for the large ones.
-_SMALL_RUN = {"warmup_iters": 20, "eval_interval": 50, "eval_iters": 8, "sample_every": 0, "save_every": 200}
+_SMALL_RUN = {"warmup_iters": 20, "eval_interval": 50, "eval_iters": 8, "sample_every": 0, "save_every": 100}
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {
         **_SMALL_RUN,
         "out_dir": "out/tiny",
-        "sample_every": 200,
+        "sample_every": 150,
         "batch_size": 8,
         "block_size": 256,
         "grad_accum_steps": 1,
-        "max_iters": 400,
-        "lr_decay_iters": 400,
+        "max_iters": 300,
+        "lr_decay_iters": 300,
         "lr": 3e-3,
         "min_lr": 3e-4,
     },

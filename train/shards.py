@@ -4,6 +4,7 @@ Numpy only; no tokens are read here but through `Shard.map`. What is made of the
 """
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -81,6 +82,9 @@ class Shard:
             mapped = np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path}: cannot be mapped into memory ({error})") from error
+        if hasattr(mmap, "MADV_RANDOM"):
+            # Windows are read in random order: reading ahead would fetch megabytes of a cold file for each of them.
+            mapped._mmap.madvise(mmap.MADV_RANDOM)
         return mapped.view(np.ndarray)  # slicing a plain array is several times faster than slicing a np.memmap
 
 

@@ -19,6 +19,7 @@ from moe_engine.testing import (
     assert_close,
     normal,
     parameters,
+    relative_error,
     routing_logits,
 )
 
@@ -177,6 +178,17 @@ def test_layer_in_16_bits(case, dtype):
         assert_close(value, exact[name], plain[name], roundings=_least(value), name=name)
 
 
+def test_rows_of_a_token_are_weighted_and_added_in_fp32():
+    """In bf16 the sums over 8 experts are more exact than those of plain autograd, which rounds each gradient first."""
+    case = Case("", _but(OAI, top_k=8), tokens=400)
+    inputs = _inputs(case, torch.bfloat16)
+    actual, plain = (_run(make(case.config), *inputs, case.config) for make in (_layer, _mixed))
+    exact = _run(_reference(case.config), *_widen(*inputs), case.config)
+    for name in ("out", "grad x"):
+        ours, theirs = (relative_error(run[name], exact[name]).typical for run in (actual, plain))
+        assert ours < 0.93 * theirs, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_budget_of_these_tests_rejects_faults(dtype):
     inputs = _inputs(CASES[0], dtype)
@@ -288,6 +300,13 @@ def test_infinite_logits_give_valid_experts(gate, value):
         assert grad_rows.isfinite().all() and (grad_rows[:, 3] == 0).all()
 
 
+def test_entropy_of_excluded_experts_is_zero():
+    z = routing_logits("balanced", 20, 8)
+    z[:, 3:] = -torch.inf
+    _, _, stats = torch_backend.gate(z, 2, GATES[0])
+    assert_close(stats.entropy, torch_backend.gate(z[:, :3].double(), 2, GATES[0])[2].entropy, roundings=8)
+
+
 def test_a_nan_token_leaves_the_others_alone():
     x, values, _ = _inputs(CASES[0], torch.float32)
     layer = MoELayer(OAI)
@@ -338,6 +357,26 @@ def test_gradient_passes_at_the_limit_and_not_beyond():
         assert torch.equal(grad == 0, exact_grad == 0)
         assert (grad[0, 0, :4] != 0).all() and (grad[0, 0, 6:8] == 0).all()
         assert_close(grad.detach(), exact_grad, roundings=8)
+
+
+@pytest.mark.parametrize("bias", ["b_up", "b_down"])
+def test_one_bias_without_the_other(bias):
+    x, values, grad_out = _inputs(CASES[0], torch.float64)
+    routing = reference.moe(x, values, OAI)
+    offsets, permutation = torch_backend.sort_by_expert(routing.topk_idx.int(), routing.expert_counts.int())
+    given, results = {name: values[name] for name in ("w_up", "w_down", bias)}, []
+    for run in ("expert_mlp", "reference"):
+        leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
+        if run == "reference":
+            routers = {name: value for name, value in values.items() if "router" in name}
+            out = reference.moe(x, routers | leaves, OAI).out
+        else:
+            weights = [leaves.get(name) for name in ("w_up", "b_up", "w_down", "b_down")]
+            routed = (routing.topk_weights, permutation, offsets)
+            out = torch_backend.expert_mlp(x, *weights, *routed, ACTIVATIONS["swiglu_oai"])
+        results.append([out, *torch.autograd.grad(out, list(leaves.values()), grad_out)])
+    for actual, exact in zip(*results, strict=True):
+        assert_close(actual.detach(), exact.detach(), roundings=FP64_SUMS)
 
 
 # ---- the layer as a module
@@ -411,6 +450,18 @@ def test_experts_side_by_side_compute_what_they_do_one_after_the_other(monkeypat
     assert torch.get_num_threads() == 2
     for name in ("out", "grad w_up", "grad b_up", "grad w_down", "grad b_down"):
         assert torch.equal(results[0][name], results[1][name]), name
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case.why)
+def test_without_gradients_the_output_is_the_same(case):
+    """The modes are each thread's own: experts side by side have to be told."""
+    torch.set_num_threads(case.threads)
+    layer, x = MoELayer(case.config), _inputs(case, torch.float32)[0]
+    expected, _ = layer(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out, _ = layer(x)
+        assert torch.equal(out, expected) and not out.requires_grad
 
 
 @pytest.mark.parametrize("config", [OAI, OLMOE], ids=["gpt-oss", "OLMoE"])

@@ -18,10 +18,13 @@ import torch
 from moe_engine.model import Transformer
 from moe_engine.presets import PRESETS, preset
 from moe_engine.router import Router
-from moe_engine.train import doctor_check, doctor_data, doctor_machine, doctor_model
 from moe_engine.train.config import TrainConfig
-from moe_engine.train.doctor import DoctorConfig, main
-from moe_engine.train.doctor_check import Setup
+from moe_engine.train.doctor import check as doctor_check
+from moe_engine.train.doctor import data as doctor_data
+from moe_engine.train.doctor import machine as doctor_machine
+from moe_engine.train.doctor import model as doctor_model
+from moe_engine.train.doctor.check import Setup
+from moe_engine.train.doctor.command import DoctorConfig, main
 from moe_engine.train.errors import InputError
 from moe_engine.train.prepare import PrepareConfig, prepare
 from moe_engine.train.tokenizer import load_tokenizer

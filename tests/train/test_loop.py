@@ -35,6 +35,7 @@ def weights(config, iteration):
     """The parameters in a run's checkpoint."""
     trainer = Trainer(config, ONE, CPU)
     trainer.resume(Path(config.out_dir) / "ckpt" / f"step_{iteration:08d}")
+    trainer.loader.close()
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
@@ -359,21 +360,30 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resumes(small_run, number,
     assert records(config)[-1]["iter"] == iteration + 2
 
 
-def test_a_collapsed_router_recovers_with_the_default_coefficient(small_run):
-    """All tokens start on the same two experts; the balance loss alone has to spread them."""
-    config = small_run(
-        max_iters=250, lr_decay_iters=250, batch_size=16, eval_interval=0, save_every=0, model={"num_experts": 8}
-    )
-    trainer = Trainer(config, ONE, CPU)
+def collapse(trainer, bias):
+    """Make all tokens start on the same two experts of every layer."""
     with torch.no_grad():
         for block in trainer.model.blocks:
             block.moe.router.weight.mul_(0.01)
-            block.moe.router.bias[:2] += 1.0
-    with RunLog(Path(config.out_dir), console=False) as log:
-        first = trainer.train_step()
-        assert first.balance.min() > 1.8  # 1 is balanced
-        assert trainer.run(log) == 0
-    assert max(records(config)[-1]["balance_per_layer"]) < 1.2
+            block.moe.router.bias[:2] += bias
+
+
+def test_a_collapsed_router_recovers_with_the_default_coefficient(small_run):
+    """The balance loss alone has to spread the tokens; without it they stay where they are."""
+    last = {}
+    for coef in ("auto", "0"):
+        config = small_run(
+            max_iters=250, lr_decay_iters=250, batch_size=16, eval_interval=0, save_every=0, log_interval=50,
+            fresh=True, router_aux_coef=coef, model={"num_experts": 8},
+        )  # fmt: skip
+        trainer = Trainer(config, ONE, CPU)
+        collapse(trainer, 1.0)
+        with RunLog(Path(config.out_dir), console=False) as log:
+            first = trainer.train_step()
+            assert first.balance.min() > 1.8  # 1 is balanced
+            assert trainer.run(log) == 0
+        last[coef] = sum(records(config)[-1]["balance_per_layer"]) / 2
+    assert last["auto"] < 1.2 < 1.4 < last["0"]
 
 
 BAD = {

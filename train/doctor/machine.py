@@ -14,7 +14,7 @@ import torch
 from moe_engine.config import ModelConfig
 from moe_engine.presets import PRESETS, preset
 from moe_engine.train.device import device_name, memory_total
-from moe_engine.train.doctor_check import Check, Outcome, Setup, fail, passed, warn
+from moe_engine.train.doctor.check import Check, Outcome, Setup, fail, passed, warn
 
 # Kept equal to pyproject.toml's by a test; triton comes with torch, or not at all.
 FLOORS = {"python": (3, 11), "torch": (2, 11), "triton": (3, 6)}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from moe_engine.config import ModelConfig
-from moe_engine.train.doctor_check import Check, Outcome, Setup, fail, passed, warn
+from moe_engine.train.doctor.check import Check, Outcome, Setup, fail, passed, warn
 
 _VOCAB, _BATCH, _LENGTH = 1000, 2, 192  # long enough for a window of 128 to hide something
 _SEED = 1337

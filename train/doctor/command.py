@@ -1,15 +1,8 @@
-"""`moe-doctor`: is everything in place to train? Runs every check and says what was found, with a remedy.
-
-    moe-doctor --data_dir data/mine --preset tiny
-
-machine (`doctor_machine.py`), data (`doctor_data.py`), a small model (`doctor_model.py`). Exit status: 0, 1 if a check
-is a FAIL, 2 for a mistyped flag.
-"""
+"""The command `moe-doctor`: its options, its report, its exit status."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +13,10 @@ from typing import Any
 from moe_engine.presets import PRESETS
 from moe_engine.train.cli import run_command
 from moe_engine.train.config import TrainConfig, resolve
-from moe_engine.train.doctor_check import Result, Setup
-from moe_engine.train.doctor_data import data_checks
-from moe_engine.train.doctor_machine import machine_checks
-from moe_engine.train.doctor_model import model_checks
+from moe_engine.train.doctor.check import Result, Setup
+from moe_engine.train.doctor.data import data_checks
+from moe_engine.train.doctor.machine import machine_checks
+from moe_engine.train.doctor.model import model_checks
 from moe_engine.train.options import option
 
 _STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
@@ -116,7 +109,3 @@ def doctor(config: DoctorConfig) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     return run_command("moe-doctor", DoctorConfig, doctor, argv, "Check that everything is in place to train.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

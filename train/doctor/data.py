@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from moe_engine.train.data import TokenDataset
-from moe_engine.train.doctor_check import Check, NotChecked, Outcome, Setup, fail, passed, warn
+from moe_engine.train.doctor.check import Check, NotChecked, Outcome, Setup, fail, passed, warn
 from moe_engine.train.shards import Shard, Split
 
 # A look at a shard is that many spans of that many tokens, fewer where there are many shards.
