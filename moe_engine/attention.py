@@ -48,7 +48,8 @@ class RotaryEmbedding:
         def pair_turning(rotations: float) -> float:
             return half * math.log(c.rope_original_context / (rotations * 2 * math.pi)) / math.log(c.rope_theta)
 
-        low, high = pair_turning(c.rope_beta_fast), pair_turning(c.rope_beta_slow)
+        # Clamped as transformers does: in a short context no pair turns so often.
+        low, high = max(pair_turning(c.rope_beta_fast), 0), min(pair_turning(c.rope_beta_slow), c.head_dim - 1)
         ramp = ((pair - low) / (high - low)).clamp(0, 1)
         return frequency * (1 - ramp) + frequency / c.rope_factor * ramp, 0.1 * math.log(c.rope_factor) + 1.0
 
@@ -58,7 +59,8 @@ class RotaryEmbedding:
         cached = self._table
         if cached is None or cached.shape[1] < length or cached.device != device or cached.dtype != dtype:
             frequency, scale = self._frequencies()
-            angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+            rows = -(-length // 512) * 512  # so that decoding does not compute a table for every token
+            angle = torch.arange(rows, dtype=torch.float64)[:, None] * frequency
             cached = self._table = (scale * torch.stack((angle.cos(), angle.sin()))).to(device, dtype)
         return cached[:, :length]
 
@@ -183,7 +185,8 @@ class _Attention(torch.autograd.Function):
         out, lse = (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
         if sinks is not None:
             with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-            out = out.mul_((lse - with_sink).exp_().unsqueeze(-1).to(out.dtype))
+            # Not in place: torch.compile of 2.11 returns zero gradients for an output that was changed in place.
+            out = (out * (lse - with_sink).exp_().unsqueeze(-1)).to(out.dtype)
             lse = with_sink
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.window = window

@@ -34,7 +34,7 @@ def generate(
     stop: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[int]:
     """Continue a prompt.
@@ -50,17 +50,22 @@ def generate(
         vocab_size: ids at or above it are never drawn (the padding of a model's vocabulary); None: no limit.
         stop: an id that ends the text; it is not returned.
         seed: of the draws.
-        device: where the model computes; dtype: of its keys and values.
+        device: where the model computes.
+        dtype: of its keys and values; None: of its parameters.
         should_stop: polled before every token; True ends the text early.
     Returns:
         The new ids.
     Raises:
-        ValueError: empty prompt, negative temperature or top_k.
+        ValueError: empty prompt, an id outside the model's vocabulary, a negative number.
     """
     if not prompt:
         raise ValueError("prompt: expected at least one token, got none")
-    if temperature < 0 or top_k < 0:
-        raise ValueError(f"temperature, top_k: expected at least 0, got {temperature}, {top_k}")
+    if not all(0 <= token < model.config.vocab_size for token in prompt):
+        raise ValueError(f"prompt: expected ids from 0 to {model.config.vocab_size - 1}, got {list(prompt)}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("top_k", top_k)):
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
+    dtype = dtype or model.embedding.weight.dtype
     cache = KVCache(model.config, 1, len(prompt) + max_new_tokens, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=device)

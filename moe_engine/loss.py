@@ -38,7 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_c, valid = x[rows], (targets[rows] >= 0).unsqueeze(1)
             index = targets[rows].clamp(min=0).unsqueeze(1)
             log_prob = torch.mm(x_c, weight.t()).to(wide).log_softmax(-1)
-            loss -= (log_prob.gather(1, index) * valid).sum()
+            # Not in place: torch.compile of 2.11 returns zero gradients for an output that was changed in place.
+            loss = loss - (log_prob.gather(1, index) * valid).sum()
             if not (need_x or need_weight):
                 continue
             grad = log_prob.exp_()  # the softmax, in place

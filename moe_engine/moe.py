@@ -65,11 +65,13 @@ class MoELayer(nn.Module):
         Returns:
             The layer's output, of x's shape and dtype, and the router's statistics.
         Raises:
-            ValueError: x's last dimension is not D.
+            ValueError: x's last dimension is not D, or its dtype is not that of the weights.
         """
         config = self.config
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x: expected a last dimension of d_model = {config.d_model}, got shape {tuple(x.shape)}")
+        if x.dtype != self.w_up.dtype:
+            raise ValueError(f"x: expected the dtype of the weights, {self.w_up.dtype}, got {x.dtype}")
         rows = x.reshape(-1, config.d_model)
         topk_idx, topk_weights, stats = self.backend.gate(self.router(rows), config.top_k, config.gate)
         expert_offsets, permutation = self.backend.sort_by_expert(topk_idx, stats.expert_counts)

@@ -105,7 +105,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[list[float], float]:
     def dimension(rotations: float) -> float:  # the (fractional) pair that turns so often over the original context
         return half * math.log(config.rope_original_context / (rotations * 2 * math.pi)) / math.log(config.rope_theta)
 
-    low, high = dimension(config.rope_beta_fast), dimension(config.rope_beta_slow)
+    low = max(dimension(config.rope_beta_fast), 0)
+    high = min(dimension(config.rope_beta_slow), config.head_dim - 1)
     blended = []
     for i, frequency in enumerate(frequencies):
         interpolated = min(max((i - low) / (high - low), 0.0), 1.0)

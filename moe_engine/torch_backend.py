@@ -1,7 +1,7 @@
 """The MoE graph in plain PyTorch: the CPU path for good, and any device that Triton does not reach.
 
     gate            z (T, E) → topk_idx, topk_weights (T, K), router statistics; one autograd function
-    sort_by_expert  topk_idx → expert_offsets, permutation, inverse_permutation: a stable sort of the N = T·K slots
+    sort_by_expert  topk_idx → expert_offsets, permutation: a stable sort of the N = T·K slots
     expert_mlp      h = x[t] @ w_up + b_up;  a = act(h);  y = a @ w_down + b_down;  out[t] = Σ_k topk_weights · y
 
 Backward of expert_mlp saves x, h, topk_weights and indices; `a` is recomputed, y is never needed, since the gradient

@@ -199,6 +199,8 @@ class Trainer:
         self.log.note(f"iter {self.iteration}/{self.config.max_iters} | val loss {self.val_loss:.4f}{best}")
         with self._timed("eval"):
             self._draw()
+            if self.device.type == "cpu":  # a peak measured on a busy machine is too low
+                self.peak = max(self.peak, peak_flops(self.device, self.dtype)[0])
         return self.val_loss
 
     def sample(self) -> str:

@@ -1,6 +1,7 @@
 """Attention against the reference in fp64: both engines, windows, groups, sinks; rotary tables; memory; the cache."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,6 +202,14 @@ def test_two_runs_agree_bit_for_bit(engine):
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])
+def test_compiled_attention_has_the_same_gradients(sinks):
+    inputs = _inputs((1, 4, 2, 8, 300, 16), torch.float32, sinks)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    eager, traced = _run(attend, *inputs), _run(compiled, *inputs)
+    assert all(torch.equal(value, traced[name]) for name, value in eager.items())
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the most elements that any operation put out, and how many operations there were."""
 
@@ -276,6 +285,23 @@ def test_yarn_keeps_fast_pairs_divides_slow_ones_and_scales():
     assert all(1 < r < 32 for r, turn in zip(ratio, turns, strict=True) if 1 < turn < 32)
     assert sorted(ratio) == ratio and 1 < ratio[12] < 32
     assert scale == pytest.approx(0.1 * math.log(32) + 1)
+
+
+def test_yarn_of_a_short_context_against_transformers():
+    """No pair turns 32 times within 64 positions: the ramp begins at the first pair."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+    config = GptOssConfig(head_dim=64, num_attention_heads=64)
+    config.rope_parameters |= {"original_max_position_embeddings": 64}
+    theirs = GptOssRotaryEmbedding(config)
+    short = replace(CONFIG, rope_original_context=64)
+    frequencies, _ = reference.rope_frequencies(short)
+    assert_close(theirs.inv_freq, torch.tensor(frequencies, dtype=torch.float64), roundings=8)
+    angle = torch.arange(300, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    table = _table(short, 300, torch.zeros((), dtype=torch.float64))
+    assert_close(torch.atan2(table[1, 1], table[0, 1]), angle[1], roundings=8)
 
 
 def test_table_against_transformers():

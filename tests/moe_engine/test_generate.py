@@ -101,15 +101,17 @@ def test_should_stop_is_asked_before_every_token(model):
 def test_no_new_token_and_other_types(model):
     assert generate(model, PROMPT, 0) == []
     wide = Transformer(CONFIG).bfloat16()
-    assert len(generate(wide, PROMPT, 12, dtype=torch.bfloat16)) == 12
+    assert len(generate(wide, PROMPT, 12)) == 12  # keys and values of the parameters' dtype
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"prompt": []}, "prompt: expected at least one token"),
-        ({"temperature": -0.1}, "temperature, top_k: expected at least 0, got -0.1, 200"),
-        ({"top_k": -1}, "temperature, top_k: expected at least 0, got 0.8, -1"),
+        ({"prompt": [1, 100_000]}, r"prompt: expected ids from 0 to \d+, got \[1, 100000\]"),
+        ({"temperature": -0.1}, "temperature: expected at least 0, got -0.1"),
+        ({"top_k": -1}, "top_k: expected at least 0, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected at least 0, got -1"),
     ],
 )
 def test_errors_name_the_argument(model, arguments, message):

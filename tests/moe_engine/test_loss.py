@@ -119,6 +119,13 @@ def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
         value.backward()
 
 
+def test_compiled_loss_has_the_same_gradients(chunks_of_64):
+    inputs = _inputs(100, torch.float32)
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    eager, traced = _run(linear_cross_entropy, *inputs), _run(compiled, *inputs)
+    assert all(torch.equal(value, traced[name]) for name, value in eager.items())
+
+
 def test_the_choice_of_chunks_does_not_matter(monkeypatch):
     inputs = _inputs(500)
     whole = _run(linear_cross_entropy, *inputs)
