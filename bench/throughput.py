@@ -3,18 +3,22 @@
     python -m moe_engine.bench.throughput --preset tiny --batch_size 8 --block_size 256 --rounds 30
 
 Both compute the same function from the same weights, which is checked first: a model whose loss or gradient differs has
-no time. A step is forward, loss with load balancing, backward, clipping by the global norm, fused AdamW. Both run
-in this process, with the memory setting that `moe-train` makes (`--keep_freed_memory false`: without it).
+no time. A step is forward, loss with load balancing, backward, clipping by the global norm, fused AdamW. Each model
+lives in a process of its own and only one of them computes at a time. `--memory own` gives each the C library's memory
+setting that its users have (ours: what `moe-train` sets; theirs: the default); `--memory same` gives ours to all.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +43,9 @@ class ThroughputConfig:
     batch_size: int = option(8, "sequences per step")
     block_size: int = option(256, "tokens per sequence")
     rounds: int = option(30, "timed steps of each model")
-    keep_freed_memory: bool = option(True, "the C library's memory setting that moe-train makes, for all models")
+    memory: str = option(
+        "own", "C library's memory setting: each its own, or moe-train's for all", choices=("own", "same")
+    )
     output: str | None = option(None, "JSONL file to append the rows to")
 
 
@@ -92,38 +98,78 @@ def check_same(name: str, ours: Transformer, peer: torch.nn.Module, inputs: Tens
         raise InputError(f"{name}: loss {peer_loss} against {loss}, gradient apart by {error:.1e}: not the same model")
 
 
+OURS, OURS_PLAIN = "moe_engine, gpt-oss style", "moe_engine, Mixtral style"
+PEERS = {f"transformers Mixtral, {experts}": experts for experts in ("grouped_mm", "eager")}
+REFERENCE = next(iter(PEERS))
+
+
+def _batch(config: ThroughputConfig) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.batch_size, config.block_size + 1)
+    tokens = torch.randint(0, preset(config.preset).vocab_size, shape, generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _make(name: str, config: ThroughputConfig) -> tuple[torch.nn.Module, Callable[..., Step]]:
+    if name == OURS:
+        return Transformer(preset(config.preset)), _ours
+    plain = Transformer(preset(config.preset, **MIXTRAL_STYLE))
+    return (plain, _ours) if name == OURS_PLAIN else (mixtral(plain, PEERS[name]), _theirs)
+
+
+def _serve(pipe: Connection, name: str, config: ThroughputConfig, threads: int) -> None:
+    """A model's process: one training step for every message, until there are no more."""
+    torch.set_num_threads(threads)
+    if config.memory == "same" or name not in PEERS:
+        keep_freed_memory()
+    model, loss = _make(name, config)
+    step = _training_step(model, loss(model, *_batch(config)))
+    while pipe.recv():
+        step()
+        pipe.send(None)
+
+
+class _Remote:
+    """A model in a process of its own; called, it takes one training step."""
+
+    def __init__(self, name: str, config: ThroughputConfig) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far = context.Pipe()
+        self.process = context.Process(target=_serve, args=(far, name, config, torch.get_num_threads()), daemon=True)
+        self.process.start()
+        far.close()  # so that a process that died reads as the end of the pipe
+
+    def __call__(self) -> None:
+        self.pipe.send(True)
+        self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+
 def throughput(config: ThroughputConfig) -> int:
     """Check, measure, print a table; returns the exit status."""
-    if config.keep_freed_memory:
-        keep_freed_memory()
-    torch.manual_seed(0)
-    plain = Transformer(preset(config.preset, **MIXTRAL_STYLE))
-    shape = (config.batch_size, config.block_size + 1)
-    tokens = torch.randint(0, plain.config.vocab_size, shape)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    models: dict[str, tuple[torch.nn.Module, Callable[..., Step]]] = {
-        "moe_engine, gpt-oss style": (Transformer(preset(config.preset)), _ours),
-        "moe_engine, Mixtral style": (plain, _ours),
-    }
-    for experts in ("grouped_mm", "eager"):
-        name = f"transformers Mixtral, {experts}"
-        peer = mixtral(plain, experts)
-        check_same(name, plain, peer, inputs, targets)
-        models[name] = (peer, _theirs)
-    steps = {name: _training_step(model, make(model, inputs, targets)) for name, (model, make) in models.items()}
-    seconds = interleave(steps, config.rounds)
+    inputs, targets = _batch(config)
+    plain, _ = _make(OURS_PLAIN, config)
+    for name in PEERS:
+        check_same(name, plain, _make(name, config)[0], inputs, targets)
+    remotes = {name: _Remote(name, config) for name in (OURS, OURS_PLAIN, *PEERS)}
+    seconds = interleave(remotes, config.rounds)
+    for remote in remotes.values():
+        remote.close()
 
-    size: dict[str, Any] = {name: getattr(config, name) for name in ("preset", "batch_size", "block_size")}
-    rows = [
-        row("throughput", name, s, **size, tokens=inputs.numel(), keep_freed_memory=config.keep_freed_memory)
-        for name, s in seconds.items()
-    ]
-    reference = seconds["transformers Mixtral, grouped_mm"]
-    print(f"{config.preset}, {config.batch_size} × {config.block_size} tokens, {rows[0]['device']}")
+    settings: dict[str, Any] = asdict(config) | {"tokens": inputs.numel()}
+    settings.pop("output")
+    rows = [row("throughput", name, s, **settings) for name, s in seconds.items()]
+    print(
+        f"{config.preset}, {config.batch_size} × {config.block_size} tokens, {rows[0]['device']}, "
+        f"memory setting: {config.memory}"
+    )
     print(f"{'training step':36}{'ms p20':>9}{'p50':>9}{'p80':>9}{'tok/s':>9}{'× grouped_mm':>14}")
     for r in rows:
-        # The ratio of steps taken side by side, not of two medians.
-        r["ratio"] = float(torch.tensor(reference / seconds[r["name"]]).median())
+        # The median of ratios of steps taken side by side, not a ratio of medians.
+        r["ratio"] = float(np.median(seconds[REFERENCE] / seconds[r["name"]]))
         times = "".join(f"{1e3 * r[p]:9.1f}" for p in ("p20", "p50", "p80"))
         print(f"{r['name']:36}{times}{r['tokens'] / r['p50']:9.0f}{r['ratio']:14.2f}")
     if config.output:

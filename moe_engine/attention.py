@@ -115,13 +115,16 @@ class _Plain:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+        groups = q.shape[1] // k.shape[1]
+        scores = (q @ _expand(k, groups).transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
         scores = scores.mul_(scale).masked_fill_(hidden, -math.inf)
         lse = scores.logsumexp(-1)
-        return (scores - lse.unsqueeze(-1)).exp_().to(q.dtype) @ v, lse
+        return (scores - lse.unsqueeze(-1)).exp_().to(q.dtype) @ _expand(v, groups), lse
 
     @staticmethod
     def backward(grad, q, k, v, out, lse, hidden, scale) -> tuple[Tensor, Tensor, Tensor]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = _expand(k, groups), _expand(v, groups)
         scores = (q @ k.transpose(-1, -2)).to(lse.dtype).mul_(scale).masked_fill_(hidden, -math.inf)
         prob = (scores - lse.unsqueeze(-1)).exp_()
         grad_v = prob.to(q.dtype).transpose(-1, -2) @ grad
@@ -129,11 +132,14 @@ class _Plain:
         # δ from these very numbers, not from the rounded output: where one key has it all, the two cancel to the bit.
         delta = torch.linalg.vecdot(prob, grad_prob).unsqueeze(-1)
         grad_scores = (grad_prob - delta).mul_(prob).mul_(scale).to(q.dtype)
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v
+        return grad_scores @ k, _reduce(grad_scores.transpose(-1, -2) @ q, groups), _reduce(grad_v, groups)
 
 
 class _FusedCPU:
-    """The same through PyTorch's flash kernel for CPUs, the one behind scaled_dot_product_attention there."""
+    """The same through PyTorch's flash kernel for CPUs, the one behind scaled_dot_product_attention there.
+
+    It serves several query heads from one key-value head by itself.
+    """
 
     @staticmethod
     def _mask(q: Tensor, hidden: Tensor) -> Tensor:
@@ -173,13 +179,12 @@ def _visible(engine: Any, queries: range, keys: range, window: int, device: torc
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int) -> Tensor:
-        groups, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5
         engine, blocks = _engine(q, q.shape[2], window)
-        kx, vx = _expand(k, groups), _expand(v, groups)
         outs, lses = [], []
         for queries, keys in blocks:
             hidden = _visible(engine, queries, keys, window, q.device)
-            out, lse = engine.forward(_at(q, queries), _at(kx, keys), _at(vx, keys), hidden, scale)
+            out, lse = engine.forward(_at(q, queries), _at(k, keys), _at(v, keys), hidden, scale)
             outs.append(out)
             lses.append(lse)
         out, lse = (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
@@ -195,21 +200,20 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        groups, scale, window = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, ctx.window
+        scale, window = q.shape[-1] ** -0.5, ctx.window
         engine, blocks = _engine(q, q.shape[2], window)
-        kx, vx = _expand(k, groups), _expand(v, groups)
         if len(blocks) == 1:
             hidden = _visible(engine, *blocks[0], window, q.device)
-            grad_q, grad_k, grad_v = engine.backward(grad, q, kx, vx, out, lse, hidden, scale)
+            grad_q, grad_k, grad_v = engine.backward(grad, q, k, v, out, lse, hidden, scale)
         else:
             # Blocks overlap in their keys: their gradients add up, in the order of the blocks, in fp32 or better.
             wide = torch.promote_types(k.dtype, torch.float32)
-            grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(t, dtype=wide) for t in (kx, vx))
+            grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(t, dtype=wide) for t in (k, v))
             for queries, keys in blocks:
                 hidden = _visible(engine, queries, keys, window, q.device)
                 at_queries = (_at(t, queries) for t in (out, lse))
                 dq, dk, dv = engine.backward(
-                    _at(grad, queries), _at(q, queries), _at(kx, keys), _at(vx, keys), *at_queries, hidden, scale
+                    _at(grad, queries), _at(q, queries), _at(k, keys), _at(v, keys), *at_queries, hidden, scale
                 )
                 _at(grad_q, queries).copy_(dq)
                 _at(grad_k, keys).add_(dk)
@@ -219,7 +223,7 @@ class _Attention(torch.autograd.Function):
             delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
             prob_sink = (sinks.to(lse.dtype)[:, None] - lse).exp()
             grad_sinks = -(prob_sink * delta).sum((0, 2)).to(sinks.dtype)
-        return grad_q, _reduce(grad_k, groups).to(k.dtype), _reduce(grad_v, groups).to(v.dtype), grad_sinks, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, window: int = 0) -> Tensor:
@@ -255,9 +259,9 @@ class KVCache:
 
 def _attend_cached(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int) -> Tensor:
     """Attention of the last T of S positions over a cache: q `(B, Hq, T, d)`, k, v `(B, Hkv, S, d)`. No gradient."""
-    groups, length = q.shape[1] // k.shape[1], k.shape[2]
+    length = k.shape[2]
     hidden = _hidden(range(length - q.shape[2], length), range(length), window, q.device)
-    out, lse = _Plain.forward(q, _expand(k, groups), _expand(v, groups), hidden, q.shape[-1] ** -0.5)
+    out, lse = _Plain.forward(q, k, v, hidden, q.shape[-1] ** -0.5)
     if sinks is not None:
         out = out * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1).to(out.dtype)
     return out

@@ -317,6 +317,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.up_bias = b_up is not None
     ctx.save_for_backward(x, output[1], w_up, w_down, b_down, topk_weights, permutation, expert_offsets)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or h would get a gradient of zeros
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _grad_h: None) -> tuple:

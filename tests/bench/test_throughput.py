@@ -17,12 +17,12 @@ SMALL = ["--batch_size", "1", "--block_size", "32", "--rounds", "2"]
 
 def test_it_prints_a_table_and_appends_rows(tmp_path, capsys):
     output = tmp_path / "rows" / "throughput.jsonl"
-    for _ in range(2):
-        assert bench.main([*SMALL, "--output", str(output)]) == 0
+    for memory in ("own", "same"):
+        assert bench.main([*SMALL, "--memory", memory, "--output", str(output)]) == 0
     table = capsys.readouterr().out
     assert "moe_engine, gpt-oss style" in table and "transformers Mixtral, grouped_mm" in table
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(rows) == 8
+    assert [row["memory"] for row in rows] == ["own"] * 4 + ["same"] * 4
     for row in rows:
         assert row["p20"] <= row["p50"] <= row["p80"] and row["rounds"] == 2 and row["tokens"] == 32
         assert row["versions"]["torch"] and row["device"] and row["preset"] == "tiny"
