@@ -10,6 +10,7 @@ good checkpoint alone.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from moe_engine.train.parallel import World, any_rank
 
 STATE_FILE = "state.json"
 _TEMPORARY = ".tmp"
+_FULL_BELOW = 1 << 20  # bytes free; a disk with less is a full one
 
 
 def folder_of(iteration: int) -> str:
@@ -222,9 +224,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def _as_os_error(error: BaseException, path: Path) -> OSError:
-    """What stopped a save, as an OSError with its number where there is one."""
+    """What stopped a save, as an OSError with its number where there is one.
+
+    PyTorch's own file writer answers a full disk with a RuntimeError: the disk is asked then.
+    """
     cause = error
     if isinstance(error, CheckpointException) and error.failures:
         cause = next(iter(error.failures.values()))[0]
     number = cause.errno if isinstance(cause, OSError) else None
-    return OSError(number, f"checkpoint not written: {_first_line(error)}", str(path))
+    if number is None and path.exists() and shutil.disk_usage(path).free < _FULL_BELOW:
+        number = errno.ENOSPC
+    reason = os.strerror(number) if number else _first_line(error)
+    return OSError(number, f"checkpoint not written: {reason}", str(path))

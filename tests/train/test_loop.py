@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,21 +310,40 @@ def test_bfloat16_trains_with_fp32_master_weights(small_run):
     assert losses[-1] < losses[0] - 1.5
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),  # PyTorch's writer
+    ],
+    ids=["OSError", "RuntimeError"],
+)
+def test_a_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch, capsys, error):
     config = small_run()
     assert command.train(dataclasses.replace(config, max_iters=6)) == 0
 
     def full(*args, **kwargs):
         (Path(kwargs["checkpoint_id"]) / "__0_0.distcp").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint_module.dcp, "save", full)
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
     assert command.main(flags_of(config)) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and "No space left on device" in error
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "checkpoint not written: No space left on device" in line
     assert sorted(p.name for p in (Path(config.out_dir) / "ckpt").iterdir()) == ["best", "latest", "step_00000006"]
     monkeypatch.undo()
     assert command.train(config) == 0
+
+
+def test_a_save_that_fails_for_another_reason_is_no_full_disk(small_run, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(checkpoint_module.dcp, "save", broken)
+    with pytest.raises(OSError, match="checkpoint not written: RuntimeError: something else") as caught:
+        command.train(small_run())
+    assert caught.value.errno is None
 
 
 def test_a_damaged_checkpoint_is_an_error_and_not_a_new_start(small_run):
