@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from moe_engine.train.config import ModelOverrides, TrainConfig, resolve
 from moe_engine.train.errors import InputError
@@ -206,12 +205,3 @@ def read_prepared():
         return meta, documents["train"], documents["val"]
 
     return read
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models here are so small that two threads on a busy machine mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""One thread for these tests: their tensors are small, and two on a busy machine wait for each other at every one."""
+"""For all tests."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """The tensors of tests are so small that two threads on a busy machine mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
