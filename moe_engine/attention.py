@@ -190,8 +190,9 @@ class _Attention(torch.autograd.Function):
         out, lse = (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
         if sinks is not None:
             with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-            # Not in place: torch.compile of 2.11 returns zero gradients for an output that was changed in place.
-            out = (out * (lse - with_sink).exp_().unsqueeze(-1)).to(out.dtype)
+            # Neither in place, nor ending in a .to that may do nothing: torch.compile of 2.11 then returns zero
+            # gradients.
+            out = out * (lse - with_sink).exp_().unsqueeze(-1).to(out.dtype)
             lse = with_sink
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.window = window
