@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
-from moe_engine import torch_backend
 from moe_engine.config import ACTIVATIONS, MoEConfig
 from moe_engine.router import Router, RouterStats
 
-# A backend is a module with gate, sort_by_expert and expert_mlp. A Triton one is registered here when it exists.
-_BACKENDS = {"torch": torch_backend}
+# A backend is a module with
+#   route(logits, top_k, gate) → (routed, RouterStats)
+#   expert_mlp(x, w_up, b_up, w_down, b_down, *routed, activation) → out
+# where `routed` is the gate weights and the order of the rows, as that backend wants them.
+_BACKENDS = {"torch": "moe_engine.torch_backend", "triton": "moe_engine.triton_backend"}
 
 
-def _backend(name: str):
-    """The module that computes a layer. `auto` takes the fastest that is registered."""
-    chosen = "torch" if name == "auto" else name
-    if chosen not in _BACKENDS:
-        raise ValueError(f"backend: this version has {', '.join(_BACKENDS)} (or 'auto'), got {name!r}")
-    return _BACKENDS[chosen]
+def _backend(name: str) -> ModuleType:
+    """The module that computes a layer; the Triton kernels are imported for those who ask for them."""
+    module = importlib.import_module(_BACKENDS["torch" if name == "auto" else name])
+    module.check_available()
+    return module
 
 
 class MoELayer(nn.Module):
@@ -73,8 +77,7 @@ class MoELayer(nn.Module):
         if x.dtype != self.w_up.dtype:
             raise ValueError(f"x: expected the dtype of the weights, {self.w_up.dtype}, got {x.dtype}")
         rows = x.reshape(-1, config.d_model)
-        topk_idx, topk_weights, stats = self.backend.gate(self.router(rows), config.top_k, config.gate)
-        expert_offsets, permutation = self.backend.sort_by_expert(topk_idx, stats.expert_counts)
+        routed, stats = self.backend.route(self.router(rows), config.top_k, config.gate)
         # Expert parallelism would exchange rows here, and back before they are combined.
         out = self.backend.expert_mlp(
             rows,
@@ -82,9 +85,7 @@ class MoELayer(nn.Module):
             self.b_up,
             self.w_down,
             self.b_down,
-            topk_weights,
-            permutation,
-            expert_offsets,
+            *routed,
             ACTIVATIONS[config.activation],
         )
         return out.view_as(x), stats

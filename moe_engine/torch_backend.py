@@ -101,6 +101,17 @@ def sort_by_expert(topk_idx: Tensor, expert_counts: Tensor) -> tuple[Tensor, Ten
     return expert_offsets, permutation
 
 
+def route(logits: Tensor, top_k: int, mode: str) -> tuple[tuple[Tensor, Tensor, Tensor], RouterStats]:
+    """`gate`, then `sort_by_expert`: (topk_weights, permutation, expert_offsets) for `expert_mlp`, and statistics."""
+    topk_idx, topk_weights, stats = gate(logits, top_k, mode)
+    expert_offsets, permutation = sort_by_expert(topk_idx, stats.expert_counts)
+    return (topk_weights, permutation, expert_offsets), stats
+
+
+def check_available() -> None:
+    """This backend runs wherever PyTorch does."""
+
+
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads that each compute on one core; `process` keys it, since threads do not survive a fork."""
