@@ -65,6 +65,13 @@ CASES = [
     Case("the same values in plain SwiGLU, which has none", MIXTRAL, stretch=8),
     Case("enough work for experts side by side", _but(OAI, d_model=32, d_ff=128), tokens=601, threads=2),
 ]
+BACKENDS = ("torch", "triton")
+ON_BACKENDS = [  # fp64 is for torch alone; so is the case for its threads, which would take the interpreter minutes
+    pytest.param(backend, case, id=f"{backend}: {case.why}")
+    for backend in BACKENDS
+    for case in CASES
+    if backend == "torch" or case.threads == 1
+]
 BALANCE, Z = 3.0, 0.5  # large, so that the gradient through the statistics weighs as much as the one through out
 
 
@@ -94,10 +101,18 @@ def _run(forward, x: Tensor, values: dict[str, Tensor], grad_out: Tensor, config
     return results | {f"grad {name}": grad for name, grad in zip(["x", *values], grads, strict=True)}
 
 
+def _device(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def _layer(config: MoEConfig):
+    device = _device(config.backend)
+
     def forward(x, values):
         layer = MoELayer(config).to(x.dtype)
-        return torch.func.functional_call(layer, values, (x,), strict=True)
+        values = {name: value.to(device) for name, value in values.items()}
+        out, stats = torch.func.functional_call(layer, values, (x.to(device),), strict=True)
+        return out.cpu(), RouterStats(*(value.cpu() for value in stats))
 
     return forward
 
@@ -151,11 +166,11 @@ def test_layer_in_fp64(case):
         assert_close(value, exact[name], roundings=FP64_SUMS, name=name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
-def test_layer_in_fp32(case):
+@pytest.mark.parametrize(("backend", "case"), ON_BACKENDS)
+def test_layer_in_fp32(backend, case):
     torch.set_num_threads(case.threads)
     inputs = _inputs(case, torch.float32)
-    actual = _run(_layer(case.config), *inputs, case.config)
+    actual = _run(_layer(_but(case.config, backend=backend)), *inputs, case.config)
     plain = _run(_reference(case.config), *inputs, case.config)
     exact = _run(_reference(case.config), *_widen(*inputs), case.config)
     for name, value in actual.items():
@@ -163,11 +178,11 @@ def test_layer_in_fp32(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
-def test_layer_in_16_bits(case, dtype):
+@pytest.mark.parametrize(("backend", "case"), ON_BACKENDS)
+def test_layer_in_16_bits(backend, case, dtype):
     torch.set_num_threads(case.threads)
     inputs = _inputs(case, dtype)
-    actual = _run(_layer(case.config), *inputs, case.config)
+    actual = _run(_layer(_but(case.config, backend=backend)), *inputs, case.config)
     plain = _run(_mixed(case.config), *inputs, case.config)
     exact = _run(_reference(case.config), *_widen(*inputs), case.config)
     for name, value in actual.items():
@@ -198,9 +213,10 @@ def test_the_budget_of_these_tests_rejects_faults(dtype):
 # ---- the layer as a module
 
 
-def test_any_leading_shape_and_the_statistics_of_the_whole():
-    layer = MoELayer(OAI)
-    x = normal(2, 3, 5, 24, dtype=torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_leading_shape_and_the_statistics_of_the_whole(backend):
+    layer = MoELayer(_but(OAI, backend=backend)).to(_device(backend))
+    x = normal(2, 3, 5, 24, dtype=torch.float32).to(_device(backend))
     out, stats = layer(x)
     flat, flat_stats = layer(x.reshape(30, 24))
     assert out.shape == x.shape and torch.equal(out.reshape(30, 24), flat)
@@ -210,27 +226,32 @@ def test_any_leading_shape_and_the_statistics_of_the_whole():
     assert_close(single, out[0, 0, 0].double().detach(), roundings=8)
 
 
-def test_memory_layout_of_x_does_not_matter():
-    layer, grad_out = MoELayer(OAI), normal(30, 24, dtype=torch.float32, seed=1)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_layout_of_x_does_not_matter(backend):
+    device = _device(backend)
+    layer = MoELayer(_but(OAI, backend=backend)).to(device)
+    grad_out = normal(30, 24, dtype=torch.float32, seed=1).to(device)
     results = []
     for x in (normal(24, 30, dtype=torch.float32).t(), normal(24, 30, dtype=torch.float32).t().contiguous()):
-        x.requires_grad_()
+        x = x.to(device).requires_grad_()
         out, _ = layer(x)
         results.append((out, *torch.autograd.grad(out, [x, *layer.parameters()], grad_out)))
     for strided, contiguous in zip(*results, strict=True):
         assert_close(strided, contiguous.double().detach(), roundings=16)
 
 
-def test_a_nan_token_leaves_the_others_alone():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_token_leaves_the_others_alone(backend):
     x, values, _ = _inputs(CASES[0], torch.float32)
-    layer = MoELayer(OAI)
+    layer = MoELayer(_but(OAI, backend=backend)).to(_device(backend))
     layer.load_state_dict(values)
+    x = x.to(_device(backend))
     clean, _ = layer(x)
     x = x.clone()
     x[5, 3] = torch.nan
     x = x.requires_grad_()
     out, stats = layer(x)
-    others = torch.arange(len(x)) != 5
+    others = torch.arange(len(x), device=x.device) != 5
     assert out[5].isnan().all()
     assert_close(out[others], clean[others].double().detach(), roundings=8)
     (out[others].sum() + out[5].sum()).backward()  # no crash, and the fault is visible in the gradient
