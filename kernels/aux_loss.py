@@ -183,10 +183,8 @@ def aux_losses(
     Raises:
         ValueError: an argument is not as described.
     """
-    check(
-        expert_counts.dim() >= 1 and expert_counts.shape[-1] >= 1, "expert_counts", "shape (…, E)", expert_counts.shape
-    )
     shape = tuple(expert_counts.shape)
+    check(len(shape) > 0 and shape[-1] > 0, "expert_counts", "shape (…, E)", shape)
     check_tensor("expert_counts", expert_counts, shape, torch.int32)
     check_tensor("prob_sum", prob_sum, shape, torch.float32, like=expert_counts)
     check_tensor("lse_sq", lse_sq, shape[:-1], torch.float32, like=expert_counts)

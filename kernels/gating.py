@@ -233,25 +233,23 @@ def _gate_bwd_kernel(
     here = tokens < T
     mask = here[:, None] & (experts < E)[None, :]
 
-    scattered = tl.zeros((BLOCK_T, E_POW2), tl.float32)  # of the weights' gradient, to the chosen experts
+    # The weights' gradient, at the chosen experts.
+    scattered = tl.zeros((BLOCK_T, E_POW2), tl.float32)
     if grad_weights_ptr is not None:
-        mean = tl.zeros((BLOCK_T,), tl.float32)
-        if RENORMALISE:
-            for k in tl.static_range(TOP_K):
-                weight = tl.load(topk_weights_ptr + tokens * TOP_K + k, mask=here, other=0.0)
-                mean += weight * tl.load(grad_weights_ptr + tokens * TOP_K + k, mask=here, other=0.0)
+        weights = tl.zeros((BLOCK_T, E_POW2), tl.float32)
         for k in tl.static_range(TOP_K):
-            expert = tl.load(topk_idx_ptr + tokens * TOP_K + k, mask=here, other=-1)
-            grad_k = tl.load(grad_weights_ptr + tokens * TOP_K + k, mask=here, other=0.0)
+            at = tokens * TOP_K + k
+            hit = experts[None, :] == tl.load(topk_idx_ptr + at, mask=here, other=-1)[:, None]
+            scattered = tl.where(hit, tl.load(grad_weights_ptr + at, mask=here, other=0.0)[:, None], scattered)
             if RENORMALISE:
-                grad_k = (grad_k - mean) * tl.load(topk_weights_ptr + tokens * TOP_K + k, mask=here, other=0.0)
-            scattered = tl.where(experts[None, :] == expert[:, None], grad_k[:, None], scattered)
+                weights = tl.where(hit, tl.load(topk_weights_ptr + at, mask=here, other=0.0)[:, None], weights)
+        if RENORMALISE:
+            scattered = weights * (scattered - tl.sum(weights * scattered, axis=1)[:, None])
 
     grad = scattered
     STATISTICS: tl.constexpr = (grad_prob_sum_ptr is not None) or (grad_lse_sq_ptr is not None)
     if STATISTICS or (not RENORMALISE):
-        at = tokens[:, None] * E + experts[None, :]
-        z = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(logits_ptr + tokens[:, None] * E + experts[None, :], mask=mask, other=0.0).to(tl.float32)
         z = tl.where((experts < E)[None, :], z, -float("inf"))
         top = tl.max(z, axis=1)
         exp = tl.exp(z - top[:, None])
@@ -268,8 +266,8 @@ def _gate_bwd_kernel(
         grad = prob * (grad_prob + shift[:, None])
         if RENORMALISE:
             grad += scattered
-    at_out = tokens[:, None] * E + experts[None, :]
-    tl.store(grad_logits_ptr + at_out, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
+    out_ptr = grad_logits_ptr + tokens[:, None] * E + experts[None, :]
+    tl.store(out_ptr, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
 
 
 def _blocks(logits: Tensor) -> int:

@@ -63,14 +63,17 @@ def check_tensor(
     """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
     fits = tensor.dim() == len(shape) and all(
         isinstance(size, str) or size == actual for size, actual in zip(shape, tensor.shape, strict=True)
     )
-    check(fits, name, f"shape {wanted}", tuple(tensor.shape))
+    # Messages are made where they are needed: torch.compile cannot write the sizes that it keeps open into a text.
+    if not fits:
+        wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+        check(False, name, f"shape {wanted}", tuple(tensor.shape))
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     check(tensor.dtype in allowed, name, " or ".join(str(d).removeprefix("torch.") for d in allowed), tensor.dtype)
-    check(tensor.is_contiguous(), name, "a contiguous tensor", f"strides {tuple(tensor.stride())}")
+    if not tensor.is_contiguous():
+        check(False, name, "a contiguous tensor", f"strides {tuple(tensor.stride())}")
     if like is not None:
         check(tensor.device == like.device, name, f"a tensor on {like.device}", tensor.device)
 
@@ -169,7 +172,10 @@ _H100 = {
     "down_backward": Tile(128, 128, 64, 8, 4, SUBTILES=4, descriptor=True),
     "weight_grad": Tile(128, 256, 64, 8, 5, GROUP_M=8),
 }
-_B200 = _H100 | {"down_backward": Tile(128, 128, 64, 8, 4, SUBTILES=8, descriptor=True)}
+_B200 = _H100 | {
+    "up_forward": Tile(128, 256, 64, 8, 3, SUBTILES=2, descriptor=True),
+    "down_backward": Tile(128, 128, 64, 8, 4, SUBTILES=8, descriptor=True),
+}
 _SMALL_SHARED_MEMORY = {  # 100 KB a block: sm_86, sm_89, sm_120
     "up_forward": Tile(128, 128, 32, 8, 3, SUBTILES=2),
     "gemm": Tile(128, 128, 32, 8, 3),
@@ -199,8 +205,7 @@ def default_tile(kernel: str, dtype: torch.dtype, rows_per_expert: int) -> Tile:
         return _FP32[kernel]
     tile = _TABLE.get(name, _SMALL_SHARED_MEMORY if name.startswith("sm_") else _MI300X)[kernel]
     if kernel != "weight_grad" and bucket(rows_per_expert) <= 64 < tile.BLOCK_M:
-        # Few rows: half of the rows of a full tile would be empty. Half the warps keep the work of each.
-        tile = tile._replace(BLOCK_M=64, num_warps=tile.num_warps // 2)
+        tile = tile._replace(BLOCK_M=64)  # few rows: half of a full tile's would be empty
     return tile
 
 
@@ -212,7 +217,7 @@ def candidates(kernel: str, dtype: torch.dtype, rows_per_expert: int) -> list[Ti
     if tile.num_stages > 2:
         found += [tile._replace(num_stages=tile.num_stages - 1), narrow._replace(num_stages=tile.num_stages + 1)]
     if tile.BLOCK_M == 128:
-        found.append(tile._replace(BLOCK_M=64, num_warps=tile.num_warps // 2))
+        found.append(tile._replace(BLOCK_M=64))
     if tile.descriptor:
         found.append(tile._replace(descriptor=False))
     return found

@@ -204,7 +204,7 @@ def gated(h: Tensor, alpha: float = 1.0, offset: float = 0.0, limit: float = mat
     """
     check_tensor("h", h, ("N", "2F"), FLOATS)
     check(h.shape[1] % 2 == 0, "h", "an even number of columns", h.shape[1])
-    check(math.isfinite(alpha), "alpha", "a finite number", alpha)
-    check(math.isfinite(offset), "offset", "a finite number", offset)
+    check(-math.inf < alpha < math.inf, "alpha", "a finite number", alpha)
+    check(-math.inf < offset < math.inf, "offset", "a finite number", offset)
     check(limit > 0, "limit", "a positive number", limit)
     return _gated_op(h, float(alpha), float(offset), float(limit))

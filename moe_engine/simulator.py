@@ -129,7 +129,16 @@ def _launch_quietly(original: Callable) -> Callable:
     return wrapper
 
 
-_REPAIRS: tuple[tuple[type, str, Callable], ...] = (
+def _range_bounds(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def wrapper(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return wrapper
+
+
+_REPAIRS: tuple[tuple[Any, str, Callable], ...] = (
     (InterpreterBuilder, "unary_op", _elementwise),
     (InterpreterBuilder, "binary_op", _elementwise),
     (InterpreterBuilder, "ternary_op", _elementwise),
@@ -139,6 +148,7 @@ _REPAIRS: tuple[tuple[type, str, Callable], ...] = (
     (InterpreterBuilder, "create_fma", _fma),
     (ReduceScanOpInterface, "apply", _reduction),
     (GridExecutor, "__call__", _launch_quietly),
+    (interpreter, "_patch_lang_tensor", _range_bounds),
 )
 
 
@@ -174,7 +184,7 @@ def repair() -> None:
     - bfloat16: casts round to nearest even; arithmetic, comparisons and `tl.dot` compute with the values; constants
       exist. What stays wrong raises NotImplementedError: reductions in bfloat16, casts with another rounding.
     - `tl.minimum`, `tl.maximum` and `tl.clamp` drop a NaN unless told otherwise, as on a GPU (Triton 3.6 keeps it).
-    - No warnings of overflow from numpy.
+    - A tensor can bound a `range` (Triton 3.6 with numpy 2.4: an error). No warnings of overflow from numpy.
     """
     if getattr(interpreter, _MARK, False):
         return

@@ -162,7 +162,7 @@ def scripts() -> dict[str, str]:
 
 
 def test_the_commands_have_their_names() -> None:
-    assert set(scripts()) == {"moe-train", "moe-prepare", "moe-doctor", "moe-sample"}
+    assert set(scripts()) == {"moe-train", "moe-prepare", "moe-doctor", "moe-sample", "moe-bench"}
 
 
 @pytest.mark.parametrize("target", scripts().values(), ids=scripts().keys())

@@ -1,0 +1,39 @@
+"""`moe-bench`: measurements and checks, a subcommand each."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "throughput": ("throughput", "training steps per second against transformers' Mixtral of the same shape"),
+    "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),
+    "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),
+}
+"""Subcommand → its module in this folder, imported when it is called, and what it is for."""
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    lines = [f"  {name:12}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(["Usage: moe-bench SUBCOMMAND [OPTIONS]", "", *lines, "", "Options: moe-bench SUBCOMMAND --help"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("--help", "-h"):
+        print(usage())
+        return 0
+    if name in COMMANDS:
+        return importlib.import_module(f"moe_engine.bench.{COMMANDS[name][0]}").main(rest)
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+    print(f"error: no such subcommand {name!r}; {hint}" if name else f"error: {hint}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
