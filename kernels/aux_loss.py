@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_engine.kernels.launch import check, check_device, check_tensor
+from moe_engine.kernels.launch import check, check_device, check_tensor, on_device_of_arguments
 
 COUNTS = (torch.int32, torch.int64)
 
@@ -91,6 +91,7 @@ def _sizes(expert_counts: Tensor) -> tuple[int, int, int]:
 
 
 @torch.library.custom_op("moe_engine::aux_losses", mutates_args=())
+@on_device_of_arguments
 def _aux_forward(
     expert_counts: Tensor, global_counts: Tensor | None, prob_sum: Tensor, lse_sq: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor]:
@@ -114,6 +115,7 @@ def _aux_forward(
 
 
 @torch.library.custom_op("moe_engine::aux_losses_backward", mutates_args=())
+@on_device_of_arguments
 def _aux_backward(
     expert_counts: Tensor,
     global_counts: Tensor | None,

@@ -34,17 +34,19 @@ from torch import Tensor
 
 from moe_engine.kernels import launch
 from moe_engine.kernels.fused_gemm import down_backward, up_forward
+from moe_engine.kernels.gating import MAX_TOP_K
 from moe_engine.kernels.grouped_gemm import multiply_rows, weight_grad
-from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor
+from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments
 from moe_engine.kernels.permutation import combine_rows
 from moe_engine.kernels.row_sums import sum_rows
-from moe_engine.kernels.tiles import check_offsets
+from moe_engine.kernels.tiles import check_offsets, check_permutation
 
 SAVE = ("h", "x")
 """Memory modes: what backward finds, besides x, weights and indices. `x`: nothing, it computes h again."""
 
 
 @torch.library.custom_op("moe_engine::expert_mlp", mutates_args=())
+@on_device_of_arguments
 def _expert_mlp(
     x: Tensor,
     w_up: Tensor,
@@ -63,6 +65,7 @@ def _expert_mlp(
 ) -> tuple[Tensor, Tensor]:
     check_device("x", x)
     check_offsets(expert_offsets, permutation.numel())
+    check_permutation(permutation, inverse_permutation)
     top_k, act, save_h = topk_weights.shape[1], (alpha, offset, limit), save == "h"
     h, a = up_forward(x, w_up, b_up, permutation, expert_offsets, top_k, act, save_h, True, autotune)
     y = multiply_rows(a, w_down, expert_offsets, b_down, autotune=autotune)
@@ -77,6 +80,7 @@ def _(x, w_up, b_up, w_down, b_down, topk_weights, offsets, permutation, inverse
 
 
 @torch.library.custom_op("moe_engine::expert_mlp_backward", mutates_args=())
+@on_device_of_arguments
 def _expert_mlp_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -94,7 +98,9 @@ def _expert_mlp_backward(
     limit: float,
     save: str,
     autotune: bool,
+    weights: bool,
 ) -> list[Tensor]:
+    """Gradients of x, w_up, b_up, w_down, b_down, topk_weights; without `weights`, the middle four are empty."""
     check_device("grad_out", grad_out)
     top_k, num_rows, act = topk_weights.shape[1], permutation.numel(), (alpha, offset, limit)
     if save == "x":
@@ -103,36 +109,36 @@ def _expert_mlp_backward(
     scaled_a, grad_h, dots, up_partials, up_rows = down_backward(
         grad_out, w_down, h, topk_weights, permutation, expert_offsets, act, b_up is not None, extra, autotune
     )
+    del h  # temporaries go as soon as they can: they are most of the peak
     down_partials = None
     if b_down is not None:
         down_partials = sum_rows(
             grad_out, num_rows, expert_offsets, permutation, top_k, topk_weights, b_down, dots[-extra:]
         )
-    grad_w_down, grad_b_down = weight_grad(
-        scaled_a, grad_out, num_rows, expert_offsets, permutation, top_k, "dy", down_partials, autotune=autotune
-    )
-    del scaled_a, down_partials  # temporaries go as soon as they can: they are most of the peak
+    grad_w_down = grad_b_down = grad_w_up = grad_b_up = None
+    if weights:
+        grad_w_down, grad_b_down = weight_grad(
+            scaled_a, grad_out, num_rows, expert_offsets, permutation, top_k, "dy", down_partials, autotune=autotune
+        )
+    del scaled_a, down_partials
     grad_rows = multiply_rows(grad_h, w_up, expert_offsets, transposed=True, autotune=autotune)
     grad_x, grad_topk_weights = combine_rows(grad_rows, None, inverse_permutation, top_k, dots)
     del grad_rows
-    grad_w_up, grad_b_up = weight_grad(
-        x, grad_h, num_rows, expert_offsets, permutation, top_k, "x", up_partials, up_rows, autotune
-    )
-    none = x.new_empty(0)
-    return [
-        grad_x,
-        grad_w_up,
-        none if grad_b_up is None else grad_b_up,
-        grad_w_down,
-        none.clone() if grad_b_down is None else grad_b_down,
-        grad_topk_weights,
-    ]
+    if weights:
+        grad_w_up, grad_b_up = weight_grad(
+            x, grad_h, num_rows, expert_offsets, permutation, top_k, "x", up_partials, up_rows, autotune
+        )
+    gradients = (grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @_expert_mlp_backward.register_fake
-def _(grad_out, x, h, w_up, b_up, w_down, b_down, topk_weights, *rest):
+def _(
+    grad_out, x, h, w_up, b_up, w_down, b_down, topk_weights, offsets, permutation, inverse, alpha, offset, limit, save,
+    autotune, weights,
+):  # fmt: skip
     def like(parameter: Tensor | None) -> Tensor:
-        return x.new_empty(0) if parameter is None else torch.empty_like(parameter)
+        return torch.empty_like(parameter) if weights and parameter is not None else x.new_empty(0)
 
     return [torch.empty_like(x), like(w_up), like(b_up), like(w_down), like(b_down), torch.empty_like(topk_weights)]
 
@@ -148,13 +154,11 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, grad_out: Tensor | None, _grad_h: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 14
-    _, _, _, b_up, _, b_down, *_ = ctx.saved_tensors
-    grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights = _expert_mlp_backward(
-        grad_out.contiguous(), *ctx.saved_tensors, *ctx.constants
-    )
-    grad_b_up = None if b_up is None else grad_b_up
-    grad_b_down = None if b_down is None else grad_b_down
-    return grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights, *(None,) * 8
+    saved = ctx.saved_tensors  # once: checkpointing allows no second look, and offloading would fetch them again
+    weights = any(ctx.needs_input_grad[1:5])
+    gradients = _expert_mlp_backward(grad_out.contiguous(), *saved, *ctx.constants, weights)
+    wanted = (True, weights, weights and saved[3] is not None, weights, weights and saved[5] is not None, True)
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *(None,) * 8
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_save)
@@ -186,8 +190,8 @@ def expert_mlp(
         w_down: `(E, F, D)`; b_down: `(E, D)` or None.
         topk_weights: `(T, K)` fp32.
         expert_offsets `(E + 1)`, permutation `(N)`, inverse_permutation `(N)`: int32, from `gate` and
-            `sort_by_expert`; N = T·K. Offsets rise from 0 to N; a GPU does not read them on the host, there they are
-            clamped to 0 … N.
+            `sort_by_expert`; N = T·K. Offsets rise from 0 to N, permutations hold 0 … N − 1: looked at in the
+            interpreter; on a GPU, where it would make the host wait, offsets are clamped and permutations trusted.
         alpha, offset, limit: constants of the activation, see `swiglu.py`; limit > 0.
         save: `h` keeps h for backward, `x` computes it again there.
         autotune: time the candidate tiles of each GEMM once for a bucket of shapes; ignored in the interpreter. Tiles
@@ -203,7 +207,7 @@ def expert_mlp(
     (tokens, d), dtype = x.shape, x.dtype
     check_tensor("w_up", w_up, ("E", d, "2F"), dtype, x)
     num_experts, _, width = w_up.shape
-    check(num_experts > 0, "w_up", "at least one expert", tuple(w_up.shape))
+    check(num_experts > 0 and d > 0, "w_up", "at least one expert and one row", tuple(w_up.shape))
     check(width % 2 == 0 and width > 0, "w_up", "an even number of columns, gate and up", tuple(w_up.shape))
     check_tensor("w_down", w_down, (num_experts, width // 2, d), dtype, x)
     if b_up is not None:
@@ -212,13 +216,15 @@ def expert_mlp(
         check_tensor("b_down", b_down, (num_experts, d), dtype, x)
     check_tensor("topk_weights", topk_weights, (tokens, "K"), torch.float32, x)
     top_k = topk_weights.shape[1]
-    check(0 < top_k <= num_experts, "topk_weights", f"1 to E = {num_experts} columns", tuple(topk_weights.shape))
+    most = min(num_experts, MAX_TOP_K)
+    check(0 < top_k <= most, "topk_weights", f"1 to min(E, {MAX_TOP_K}) = {most} columns", tuple(topk_weights.shape))
     check_tensor("expert_offsets", expert_offsets, (num_experts + 1,), torch.int32, x)
     check_tensor("permutation", permutation, (tokens * top_k,), torch.int32, x)
     check_tensor("inverse_permutation", inverse_permutation, (tokens * top_k,), torch.int32, x)
     check(limit > 0, "limit", "a positive number", limit)
     check(save in SAVE, "save", f"one of {', '.join(SAVE)}", repr(save))
-    if not torch.is_grad_enabled():
+    differentiable = (x, w_up, b_up, w_down, b_down, topk_weights)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)):
         save = "x"  # nobody will need h
     out, _ = _expert_mlp(
         x,

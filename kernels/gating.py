@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor
+from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments
 
 MODES = ("softmax_over_topk", "softmax_then_topk")
 MAX_EXPERTS, MAX_TOP_K = 256, 8
@@ -99,7 +99,7 @@ def _ordered_value(key):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gate_fwd_kernel(
     logits_ptr,  # (T, E)
     topk_idx_ptr,  # (T, K)
@@ -169,7 +169,7 @@ def _gate_fwd_kernel(
     tl.store(scalars_ptr + tl.num_programs(0) + block, tl.sum(entropy, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _gate_reduce_kernel(
     counts_ptr,  # (B, E)
     probs_ptr,  # (B, E)
@@ -211,7 +211,7 @@ def _gate_reduce_kernel(
     tl.store(entropy_ptr, tl.sum(entropy, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gate_bwd_kernel(
     logits_ptr,  # (T, E)
     topk_idx_ptr,  # (T, K)
@@ -294,6 +294,7 @@ def _outputs(logits: Tensor, top_k: int) -> Gating:
 
 
 @torch.library.custom_op("moe_engine::gate", mutates_args=())
+@on_device_of_arguments
 def _gate_forward(
     logits: Tensor, top_k: int, renormalise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -337,6 +338,7 @@ def _gate_forward(
 
 
 @torch.library.custom_op("moe_engine::gate_backward", mutates_args=())
+@on_device_of_arguments
 def _gate_backward(
     logits: Tensor,
     topk_idx: Tensor,

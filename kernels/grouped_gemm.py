@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_engine.kernels import launch
-from moe_engine.kernels.launch import FLOATS, Tile, check, check_device, check_tensor
+from moe_engine.kernels.launch import FLOATS, Tile, check, check_device, check_tensor, on_device_of_arguments
 from moe_engine.kernels.permutation import combine_rows
 from moe_engine.kernels.row_sums import sum_rows
-from moe_engine.kernels.tiles import check_offsets, find_tile, multiply, row_tile_bound, row_tiles
+from moe_engine.kernels.tiles import check_offsets, check_permutation, find_tile, multiply, row_tile_bound, row_tiles
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -243,6 +243,7 @@ def weight_grad(
 
 
 @torch.library.custom_op("moe_engine::grouped_gemm", mutates_args=())
+@on_device_of_arguments
 def _grouped_gemm(
     x: Tensor,
     w: Tensor,
@@ -255,6 +256,8 @@ def _grouped_gemm(
     check_device("x", x)
     num_rows = x.shape[0] if permutation is None else permutation.numel()
     check_offsets(expert_offsets, num_rows)
+    if permutation is not None:
+        check_permutation(permutation, inverse_permutation)
     return multiply_rows(x, w, expert_offsets, bias, permutation, _top_k(x, permutation), autotune=autotune)
 
 
@@ -268,6 +271,7 @@ def _(x, w, expert_offsets, bias, permutation, inverse_permutation, autotune):
 
 
 @torch.library.custom_op("moe_engine::grouped_gemm_backward", mutates_args=())
+@on_device_of_arguments
 def _grouped_gemm_backward(
     dy: Tensor,
     x: Tensor,
@@ -325,7 +329,7 @@ def grouped_gemm(
         w: `(E, DEPTH, COLUMNS)` of x's dtype.
         expert_offsets: `(E + 1)` int32, rising from 0 to N; on a GPU they are not read on the host but clamped there.
         bias: `(E, COLUMNS)` of x's dtype, or None.
-        permutation, inverse_permutation: `(N)` int32, both or neither; from `sort_by_expert`.
+        permutation, inverse_permutation: `(N)` int32, both or neither; from `sort_by_expert`. A GPU trusts them.
         autotune: time the candidate tiles once for a bucket of shapes; ignored in the interpreter.
     Returns:
         `(N, COLUMNS)` in x's dtype; fp32 accumulation.

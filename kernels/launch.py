@@ -11,9 +11,11 @@ T = tokens, E = experts, K = top_k, N = T·K routed rows
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime.driver import driver
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,11 +93,25 @@ def target() -> str:
 
 
 def available() -> bool:
-    """Whether kernels can run at all: the interpreter, or a GPU that Triton finds."""
+    """Whether kernels can run at all: the interpreter, or a GPU that Triton can use."""
     try:
         return bool(target())
-    except RuntimeError:  # Triton's way to say that it found no GPU
+    except RuntimeError:  # Triton's way to say that there is no GPU, or no compiler for its launcher
         return False
+
+
+def on_device_of_arguments(op: Callable) -> Callable:
+    """Make the device of an op's first tensor the current one while it launches: Triton looks at no tensor for it."""
+
+    @functools.wraps(op)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        device = next(value for value in args if isinstance(value, Tensor)).device
+        if device.type != "cuda":
+            return op(*args, **kwargs)
+        with torch.cuda.device(device):
+            return op(*args, **kwargs)
+
+    return wrapper
 
 
 def check_device(name: str, tensor: Tensor) -> None:
@@ -190,7 +206,14 @@ _MI300X = {  # 64 KB of LDS
     "down_backward": Tile(128, 128, 64, 8, 2, SUBTILES=4),
     "weight_grad": Tile(128, 128, 64, 8, 2, GROUP_M=8),
 }
-_TABLE = {"sm_80": _A100, "sm_90": _H100, "sm_100": _B200, "gfx942": _MI300X, "interpreter": _INTERPRETER}
+_TABLE = {
+    "sm_80": _A100,
+    "sm_90": _H100,
+    "sm_100": _B200,
+    "sm_103": _B200,
+    "gfx942": _MI300X,
+    "interpreter": _INTERPRETER,
+}
 
 
 def bucket(rows_per_expert: int) -> int:
@@ -228,7 +251,9 @@ def weight_descriptor(w: Tensor, tile: Tile, transposed: bool) -> TensorDescript
     if not tile.descriptor or w.shape[2] * w.element_size() % 16 or w.data_ptr() % 16:
         return None
     block = [1, tile.BLOCK_N, tile.BLOCK_K] if transposed else [1, tile.BLOCK_K, tile.BLOCK_N]
-    return TensorDescriptor.from_tensor(w, block)
+    experts, rows, columns = w.shape
+    # The strides are spelled out: those of a dimension of size 1 may be anything in a contiguous tensor.
+    return TensorDescriptor(w, [experts, rows, columns], [rows * columns, columns, 1], block)
 
 
 def choose(
@@ -246,9 +271,10 @@ def choose(
         dtype: of the operands.
         rows_per_expert: N / E.
         columns, depth: of the product.
-        run: launches the kernel with a tile: then the candidates are timed, once for a bucket. None: the table's tile.
+        run: launches the kernel with a tile: then the candidates are timed, once for a bucket, unless a CUDA graph is
+            being captured. None: the table's tile.
     """
-    if run is None or INTERPRETED:
+    if run is None or INTERPRETED or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return default_tile(kernel, dtype, rows_per_expert)
     return _tuned(kernel, dtype, rows_per_expert, columns, depth, run)
 
@@ -261,10 +287,10 @@ def _cache_file() -> Path:
 
 
 def _read_cache(path: Path) -> dict[str, list]:
-    """What the file holds; nothing where it is missing or not ours: then it is written anew."""
+    """What the file holds; nothing where it is missing, closed to us, or not ours: then tiles are measured."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # ValueError: not JSON, or not text
+    except (OSError, ValueError):  # ValueError: not JSON, or not text
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -282,13 +308,16 @@ def _tuned(
         found = [tile for tile in candidates(kernel, dtype, rows_per_expert) if list(tile) == stored.get(key)]
         if not found:
             found = [_measure(candidates(kernel, dtype, rows_per_expert), run)]
-            _write_cache(path, _read_cache(path) | {key: list(found[0])})
+            try:
+                _write_cache(path, _read_cache(path) | {key: list(found[0])})
+            except OSError as error:
+                warnings.warn(f"tiles are measured again next time: {path}: {error.strerror}", stacklevel=2)
         _TUNED[key] = found[0]
     return _TUNED[key]
 
 
 def _measure(tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
-    """The fastest tile, the earlier of equals. Tiles that the device has no room for are left out.
+    """The fastest tile, the earlier of equals. Tiles that the device or its assembler has no room for are left out.
 
     Raises:
         RuntimeError: no tile fits.
@@ -297,7 +326,7 @@ def _measure(tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
     for tile in tiles:
         try:
             times[tile] = triton.testing.do_bench(lambda tile=tile: run(tile), return_mode="median")
-        except OutOfResources as error:
+        except (OutOfResources, PTXASError) as error:
             refusal = error
     if not times:
         raise RuntimeError(f"autotune: none of {len(tiles)} tiles fits on this device; the last: {refusal}")
@@ -310,4 +339,5 @@ def _write_cache(path: Path, content: dict[str, list]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as f:
         json.dump(content, f, indent=1)
+    os.chmod(temporary, 0o644)  # for whoever shares the folder
     os.replace(temporary, path)

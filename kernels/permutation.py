@@ -28,14 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_engine.kernels.gating import MAX_EXPERTS, MAX_TOP_K, block_tokens
-from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor
+from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments
 
 _TILE = 4096  # elements that a program moves at once: 32 for each thread of 4 warps
 _WIDEST, _WIDEST_BACKWARD = 1024, 256  # columns of a tile; 256 leave a warp whole rows, so that it sums them alone
 _PARTIALS = 32  # partial sums of a row that are loaded at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _sort_kernel(
     topk_idx_ptr,  # (T, K)
     expert_offsets_ptr,  # (E + 1)
@@ -72,13 +72,13 @@ def _sort_kernel(
         tl.store(inverse_ptr + slot, tl.where(valid, row, 0), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _permute_kernel(
     x_ptr,  # (T, D)
     inverse_ptr,  # (N)
     rows_ptr,  # (N, D)
     T,
-    D,
+    D: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -94,7 +94,7 @@ def _permute_kernel(
         tl.store(rows_ptr + row[:, None] * D + cols[None, :], x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def _combine_fwd_kernel(
     rows_ptr,  # (N, D)
     topk_weights_ptr,  # (T, K), or None: ones
@@ -103,8 +103,8 @@ def _combine_fwd_kernel(
     out_ptr,  # (T, D)
     sums_ptr,  # (T, K), or None
     T,
-    D,
     P,
+    D: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -138,7 +138,7 @@ def _combine_fwd_kernel(
                 tl.store(sums_ptr + tokens * TOP_K + k, sums, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _combine_bwd_kernel(
     grad_out_ptr,  # (T, D)
     y_ptr,  # (N, D)
@@ -147,7 +147,7 @@ def _combine_bwd_kernel(
     grad_y_ptr,  # (N, D)
     grad_weights_ptr,  # (T, K)
     T,
-    D,
+    D: tl.constexpr,
     TOP_K: tl.constexpr,
     K_POW2: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -221,8 +221,8 @@ def combine_rows(
             out,
             sums,
             tokens,
-            columns,
             0 if partials is None else partials.shape[0],
+            D=columns,
             TOP_K=top_k,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
@@ -232,6 +232,7 @@ def combine_rows(
 
 
 @torch.library.custom_op("moe_engine::sort_by_expert", mutates_args=())
+@on_device_of_arguments
 def _sort(topk_idx: Tensor, expert_offsets: Tensor, block_offsets: Tensor) -> tuple[Tensor, Tensor]:
     check_device("topk_idx", topk_idx)
     (tokens, top_k), experts = topk_idx.shape, block_offsets.shape[1]
@@ -255,6 +256,7 @@ def _sort(topk_idx: Tensor, expert_offsets: Tensor, block_offsets: Tensor) -> tu
 
 
 @torch.library.custom_op("moe_engine::permute", mutates_args=())
+@on_device_of_arguments
 def _permute(x: Tensor, inverse_permutation: Tensor, top_k: int) -> Tensor:
     check_device("x", x)
     tokens, columns = x.shape
@@ -262,22 +264,25 @@ def _permute(x: Tensor, inverse_permutation: Tensor, top_k: int) -> Tensor:
     if tokens:
         block_t, block_d = _tile(columns, _WIDEST, _TILE)
         _permute_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(columns, block_d))](
-            x, inverse_permutation, rows, tokens, columns, TOP_K=top_k, BLOCK_T=block_t, BLOCK_D=block_d
+            x, inverse_permutation, rows, tokens, D=columns, TOP_K=top_k, BLOCK_T=block_t, BLOCK_D=block_d
         )
     return rows
 
 
 @torch.library.custom_op("moe_engine::permute_backward", mutates_args=())
+@on_device_of_arguments
 def _permute_backward(grad_rows: Tensor, inverse_permutation: Tensor, top_k: int) -> Tensor:
     return combine_rows(grad_rows, None, inverse_permutation, top_k)[0]
 
 
 @torch.library.custom_op("moe_engine::combine", mutates_args=())
+@on_device_of_arguments
 def _combine(y: Tensor, topk_weights: Tensor, inverse_permutation: Tensor) -> Tensor:
     return combine_rows(y, topk_weights, inverse_permutation, topk_weights.shape[1])[0]
 
 
 @torch.library.custom_op("moe_engine::combine_backward", mutates_args=())
+@on_device_of_arguments
 def _combine_backward(
     grad_out: Tensor, y: Tensor, topk_weights: Tensor, inverse_permutation: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -294,7 +299,7 @@ def _combine_backward(
             grad_y,
             grad_weights,
             tokens,
-            columns,
+            D=columns,
             TOP_K=top_k,
             K_POW2=_power_of_2(top_k),
             BLOCK_T=block_t,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor
+from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments
 
 BLOCK_N, BLOCK_F = 8, 128  # pairs of a program: memory-bound, so any tile that is read in 16-byte accesses will do
 
@@ -91,12 +91,12 @@ def gated_activation_backward(gate, up, grad_a, ALPHA: tl.constexpr, OFFSET: tl.
     return gs * u, grad_gate, grad_up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gated_fwd_kernel(
     h_ptr,  # (N, 2F)
     a_ptr,  # (N, F)
     N,
-    F,
+    F: tl.constexpr,
     ALPHA: tl.constexpr,
     OFFSET: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -113,13 +113,13 @@ def _gated_fwd_kernel(
     tl.store(a_ptr + offset, a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gated_bwd_kernel(
     grad_a_ptr,  # (N, F)
     h_ptr,  # (N, 2F)
     grad_h_ptr,  # (N, 2F)
     N,
-    F,
+    F: tl.constexpr,
     ALPHA: tl.constexpr,
     OFFSET: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -147,6 +147,7 @@ def _check_words(name: str, h: Tensor) -> None:
     check(h.data_ptr() % 4 == 0, name, "an address divisible by 4", f"{h.data_ptr() % 4} more")
 
 
+@on_device_of_arguments
 def _gated_forward(h: Tensor, alpha: float, offset: float, limit: float) -> Tensor:
     _check_words("h", h)
     a = h.new_empty(h.shape[0], h.shape[1] // 2)
@@ -156,6 +157,7 @@ def _gated_forward(h: Tensor, alpha: float, offset: float, limit: float) -> Tens
     return a
 
 
+@on_device_of_arguments
 def _gated_backward(grad_a: Tensor, h: Tensor, alpha: float, offset: float, limit: float) -> Tensor:
     _check_words("h", h)
     grad_h = torch.empty_like(h)

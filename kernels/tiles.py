@@ -32,6 +32,19 @@ def check_offsets(expert_offsets: Tensor, num_rows: int) -> None:
         check(rising, "expert_offsets", f"values that rise from 0 to N = {num_rows}", values)
 
 
+def check_permutation(permutation: Tensor, inverse_permutation: Tensor) -> None:
+    """Check that one undoes the other, where reading them waits for nothing; on a GPU they are trusted.
+
+    Raises:
+        ValueError: they are not two permutations of 0 … N − 1, each the other's inverse.
+    """
+    if INTERPRETED:
+        slots, rows = permutation.tolist(), list(range(permutation.numel()))
+        check(sorted(slots) == rows, "permutation", f"each of 0 to {len(rows) - 1} once", slots)
+        inverse = inverse_permutation.tolist()
+        check([inverse[slot] for slot in slots] == rows, "inverse_permutation", "the inverse", "another")
+
+
 @triton.jit
 def row_tiles(expert_offsets_ptr, num_rows, NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Every expert's first row, end and last row tile, `(EXPERTS)` each.

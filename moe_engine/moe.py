@@ -19,10 +19,8 @@ _BACKENDS = {"torch": "moe_engine.torch_backend", "triton": "moe_engine.triton_b
 
 
 def _backend(name: str) -> ModuleType:
-    """The module that computes a layer; the Triton kernels are imported for those who ask for them."""
-    module = importlib.import_module(_BACKENDS["torch" if name == "auto" else name])
-    module.check_available()
-    return module
+    """The module of a backend. The Triton kernels are imported for those who ask for them."""
+    return importlib.import_module(_BACKENDS["torch" if name == "auto" else name])
 
 
 class MoELayer(nn.Module):
@@ -42,7 +40,9 @@ class MoELayer(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.backend = _backend(config.backend)
+        backend = _backend(config.backend)
+        backend.check_available()
+        self._route, self._expert_mlp = backend.route, backend.expert_mlp  # a module cannot be copied or pickled
         e, d, f = config.num_experts, config.d_model, config.d_ff
         self.router = Router(config)
         self.w_up = nn.Parameter(torch.empty(e, d, 2 * f))
@@ -65,27 +65,25 @@ class MoELayer(nn.Module):
         """Route every token to its experts.
 
         Args:
-            x: `(…, D)`, floating point, of the parameters' dtype.
+            x: `(…, D)`, floating point, of the parameters' dtype. Under `torch.autocast` of any: x and the experts'
+                weights are cast to autocast's dtype, the router stays in fp32.
         Returns:
-            The layer's output, of x's shape and dtype, and the router's statistics.
+            The layer's output, of x's shape and dtype (autocast's, under it), and the router's statistics.
         Raises:
             ValueError: x's last dimension is not D, or its dtype is not that of the weights.
         """
         config = self.config
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x: expected a last dimension of d_model = {config.d_model}, got shape {tuple(x.shape)}")
-        if x.dtype != self.w_up.dtype:
-            raise ValueError(f"x: expected the dtype of the weights, {self.w_up.dtype}, got {x.dtype}")
+        weights = (self.w_up, self.b_up, self.w_down, self.b_down)
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it does not see into the backends' operations
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            weights = tuple(w if w is None else w.to(dtype) for w in weights)
+        if x.dtype != weights[0].dtype:
+            raise ValueError(f"x: expected the dtype of the weights, {weights[0].dtype}, got {x.dtype}")
         rows = x.reshape(-1, config.d_model)
-        routed, stats = self.backend.route(self.router(rows), config.top_k, config.gate)
+        routed, stats = self._route(self.router(rows), config.top_k, config.gate)
         # Expert parallelism would exchange rows here, and back before they are combined.
-        out = self.backend.expert_mlp(
-            rows,
-            self.w_up,
-            self.b_up,
-            self.w_down,
-            self.b_down,
-            *routed,
-            ACTIVATIONS[config.activation],
-        )
+        out = self._expert_mlp(rows, *weights, *routed, ACTIVATIONS[config.activation])
         return out.view_as(x), stats

@@ -11,6 +11,7 @@ T = tokens, E = experts, K = top_k
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -60,21 +61,28 @@ def z_loss(stats: RouterStats, top_k: int) -> Tensor:
     return stats.lse_sq / stats.tokens(top_k)
 
 
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """A context in which products on the tensor's device keep the dtypes that they are given."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 class _WideLinear(torch.autograd.Function):
-    """A linear layer in fp32 or better that saves x as it came: autograd of a cast x would keep the wide copy too."""
+    """A linear layer in fp32 or better, also under autocast, that saves x as it came: autograd keeps a wide copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        with without_autocast(x):
+            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
-        grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype)
+        with without_autocast(x):
+            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
+            grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype)
         return grad_x, grad_weight, None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
 
 

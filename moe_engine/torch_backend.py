@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.config import Activation
-from moe_engine.router import RouterStats
+from moe_engine.router import RouterStats, without_autocast
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,10 +138,12 @@ def _for_each_expert(expert_offsets: Tensor, size: int, work: Callable[[int, sli
     largest = max((rows.stop - rows.start for _, rows in groups), default=0)
     side_by_side = expert_offsets.device.type == "cpu" and size >= 1 << 18 and largest * threads <= 2 * offsets[-1]
     if threads == 1 or not side_by_side:
-        for group in groups:
-            work(*group)
+        with without_autocast(expert_offsets):
+            for group in groups:
+                work(*group)
         return
 
+    # Autocast is each thread's own, and off in a new one.
     inference = torch.is_inference_mode_enabled()
 
     def detached(group: tuple[int, slice]) -> None:

@@ -11,9 +11,12 @@ from moe_engine.router import RouterStats
 
 
 def check_available() -> None:
-    """Raise ValueError where no kernel could run."""
-    if not launch.available():
-        raise ValueError("backend: 'triton' needs a GPU that Triton supports, or its interpreter (TRITON_INTERPRET=1)")
+    """Raise ValueError where no kernel could run, with Triton's reason."""
+    try:
+        launch.target()
+    except RuntimeError as error:
+        needs = "backend: 'triton' needs a GPU that Triton can use, or its interpreter (TRITON_INTERPRET=1)"
+        raise ValueError(f"{needs}; Triton says: {error}") from error
 
 
 def route(logits: Tensor, top_k: int, mode: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], RouterStats]:

@@ -373,7 +373,8 @@ def test_opcheck(biases, save, device):
     x, *rest = (None if leaf is None else leaf.detach() for leaf in leaves)
     h = normal(18, 24, dtype=torch.float32).to(device) if save == "h" else x.new_empty(0)
     arguments = (torch.ones_like(x), x, h, *rest, weights.detach(), *order, *constants)
-    torch.library.opcheck(torch.ops.moe_engine.expert_mlp_backward.default, arguments)
+    for want_weights in (True, False):
+        torch.library.opcheck(torch.ops.moe_engine.expert_mlp_backward.default, (*arguments, want_weights))
 
 
 BAD = {
@@ -386,7 +387,7 @@ BAD = {
     "w_up of another dtype": ("w_up", lambda v: v["w_up"].half(), "w_up: expected float32, got torch.float16"),
     "w_up strided": ("w_up", lambda v: v["w_up"].mT.contiguous().mT, "w_up: expected a contiguous tensor"),
     "w_up odd": ("w_up", lambda v: v["w_up"][..., 1:].contiguous(), "w_up: expected an even number of columns"),
-    "no expert": ("w_up", lambda v: v["w_up"][:0], "w_up: expected at least one expert"),
+    "no expert": ("w_up", lambda v: v["w_up"][:0], "w_up: expected at least one expert and one row"),
     "w_up elsewhere": ("w_up", lambda v: v["w_up"].to("meta"), "w_up: expected a tensor on "),
     "w_down of another F": ("w_down", lambda v: v["w_down"][:, 1:].contiguous(),
         r"w_down: expected shape \(3, 12, 32\)"),
@@ -397,8 +398,8 @@ BAD = {
     "weights of other tokens": ("topk_weights", lambda v: v["topk_weights"][1:],
         r"topk_weights: expected shape \(10, K\)"),
     "top_k over E": ("topk_weights", lambda v: torch.ones(10, 4),
-        r"topk_weights: expected 1 to E = 3 columns, got \(10, 4\)"),
-    "top_k zero": ("topk_weights", lambda v: torch.ones(10, 0), "topk_weights: expected 1 to E = 3 columns"),
+        r"topk_weights: expected 1 to min\(E, 8\) = 3 columns, got \(10, 4\)"),
+    "top_k zero": ("topk_weights", lambda v: torch.ones(10, 0), r"topk_weights: expected 1 to min\(E, 8\) = 3 columns"),
     "offsets too few": ("expert_offsets", lambda v: v["expert_offsets"][1:], r"expert_offsets: expected shape \(4,\)"),
     "offsets in int64": ("expert_offsets", lambda v: v["expert_offsets"].long(), "expert_offsets: expected int32"),
     "permutation too short": ("permutation", lambda v: v["permutation"][1:], r"permutation: expected shape \(20,\)"),
@@ -406,6 +407,8 @@ BAD = {
         "inverse_permutation: expected int32"),
     "limit zero": ("limit", lambda v: 0.0, "limit: expected a positive number, got 0.0"),
     "limit NaN": ("limit", lambda v: math.nan, "limit: expected a positive number, got nan"),
+    "a row twice": ("permutation", lambda v: 0 * v["permutation"], "permutation: expected each of 0 to 19 once"),
+    "not the inverse": ("inverse_permutation", lambda v: v["permutation"].flip(0), "inverse_permutation: expected the"),
     "unknown mode": ("save", lambda v: "a", "save: expected one of h, x, got 'a'"),
 }  # fmt: skip
 

@@ -3,12 +3,13 @@
 import json
 import math
 import types
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch._dynamo.testing
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from moe_engine.kernels import launch
 from moe_engine.kernels.launch import FLOATS, KERNELS, Tile, bucket, candidates, check, check_tensor, default_tile
@@ -114,6 +115,8 @@ def test_descriptor_only_where_alignment_allows_it():
     assert launch.weight_descriptor(w, tile._replace(descriptor=False), transposed=False) is None
     assert launch.weight_descriptor(torch.zeros(3, 40, 20, dtype=BF16), tile, transposed=False) is None  # 40 bytes
     assert launch.weight_descriptor(torch.zeros(3, 40, 20), tile, transposed=False) is not None  # 80 bytes
+    single = torch.zeros(2, 40, 24, dtype=BF16)[:1].as_strided((1, 40, 24), (5, 24, 1))  # contiguous all the same
+    assert launch.weight_descriptor(single, tile, transposed=False).strides == [960, 24, 1]
     shifted = torch.zeros(3 * 40 * 24 + 4, dtype=BF16)[4:].view(3, 40, 24)  # starts 8 bytes into its memory
     assert launch.weight_descriptor(shifted, tile, transposed=False) is None
 
@@ -239,6 +242,7 @@ def test_a_stored_tile_that_is_not_on_offer_is_measured_again(clock, stored):
 def test_tiles_that_do_not_fit_are_passed_over(clock):
     on_offer = candidates("up_forward", BF16, 1000)
     clock.times = dict.fromkeys(on_offer[:3], OutOfResources(300_000, 232_448, "shared memory")) | {on_offer[6]: 0.5}
+    clock.times[on_offer[3]] = PTXASError("too many registers")
     assert _choose(clock) == on_offer[6]
     assert clock.launched == on_offer
 
@@ -248,6 +252,32 @@ def test_no_tile_fits(clock):
     with pytest.raises(RuntimeError, match=r"none of 8 tiles fits.*shared memory, Required: 300000"):
         _choose(clock)
     assert not launch._cache_file().exists()
+
+
+def test_a_file_that_cannot_be_written_or_read_costs_a_measurement(clock):
+    path = launch._cache_file()
+    path.parent.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=r"tiles are measured again next time: .*tiles.json"):
+        tile = _choose(clock)
+    assert _choose(clock) == tile and len(clock.launched) == TILES
+    path.parent.unlink()
+    path.mkdir(parents=True)  # reading it is an OSError too
+    _forget()
+    with pytest.warns(UserWarning, match="tiles are measured again"):
+        assert _choose(clock) == tile
+    assert len(clock.launched) == 2 * TILES
+
+
+def test_others_may_read_the_file(clock):
+    _choose(clock)
+    assert launch._cache_file().stat().st_mode & 0o777 == 0o644
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _choose(clock) == default_tile("up_forward", BF16, 1000)
+    assert not clock.launched
 
 
 def test_other_failures_are_not_hidden(clock):
@@ -375,6 +405,32 @@ def test_check_device(driven):
     driven(NoGPU())
     with pytest.raises(ValueError, match=r"x: expected a cuda tensor .*, got cpu"):
         launch.check_device("x", cpu)
+
+
+def test_an_op_launches_on_the_device_of_its_tensors(monkeypatch):
+    """Triton asks PyTorch for the current device, whatever the tensors are on."""
+    current = [0]
+
+    @contextmanager
+    def device(which):
+        before, current[0] = current[0], which.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    @launch.on_device_of_arguments
+    def op(size: int, tensor: torch.Tensor | None, other: torch.Tensor) -> int:
+        return current[0]
+
+    assert op(1, None, torch.zeros(2).as_subclass(_Elsewhere)) == 3 and current == [0]
+    assert op(1, None, torch.zeros(2)) == 0
+
+
+class _Elsewhere(torch.Tensor):
+    """A tensor that says it is on the fourth GPU."""
+
+    device = torch.device("cuda:3")
 
 
 def test_interpreted_is_what_the_kernels_are():

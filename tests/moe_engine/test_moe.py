@@ -1,6 +1,9 @@
 """MoELayer and the torch backend against the reference in fp64: forward, every gradient, routing, what is saved."""
 
+import copy
 import dataclasses
+import itertools
+import pickle
 import threading
 from typing import NamedTuple
 
@@ -8,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from moe_engine import MoEConfig, MoELayer, reference, torch_backend
+from moe_engine import MoEConfig, MoELayer, reference, torch_backend, triton_backend
 from moe_engine.config import ACTIVATIONS
 from moe_engine.router import RouterStats, balance_loss
 from moe_engine.testing import (
@@ -259,15 +263,101 @@ def test_a_nan_token_leaves_the_others_alone(backend):
     assert stats.prob_sum.isnan().all()
 
 
+def _no_gpu():
+    raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+
 def test_errors_name_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match=r"x: expected a last dimension of d_model = 24, got shape \(3, 16\)"):
         MoELayer(OAI)(torch.zeros(3, 16))
     with pytest.raises(ValueError, match=r"x: expected the dtype of the weights, torch.float32, got torch.bfloat16"):
         MoELayer(OAI)(torch.zeros(3, 24, dtype=torch.bfloat16))
-    monkeypatch.setattr("moe_engine.kernels.launch.available", lambda: False)
-    with pytest.raises(ValueError, match=r"backend: 'triton' needs a GPU .* or its interpreter"):
+    monkeypatch.setattr("moe_engine.kernels.launch.target", _no_gpu)
+    with pytest.raises(ValueError, match=r"backend: 'triton' needs a GPU .* or its interpreter .* says: 0 active"):
         MoELayer(_but(OAI, backend="triton"))
-    assert MoELayer(_but(OAI, backend="torch")).backend is MoELayer(OAI).backend is torch_backend
+    monkeypatch.undo()
+    for backend in ("torch", "auto"):
+        assert MoELayer(_but(OAI, backend=backend))._expert_mlp is torch_backend.expert_mlp
+    assert MoELayer(_but(OAI, backend="triton"))._expert_mlp is triton_backend.expert_mlp
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_can_be_copied_and_pickled(backend):
+    layer = MoELayer(_but(OAI, backend=backend)).to(_device(backend))
+    x = normal(5, 24, dtype=torch.float32).to(_device(backend))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_experts_and_leaves_the_router_alone(backend):
+    device = _device(backend)
+    layer = MoELayer(_but(OAI, backend=backend)).to(device)
+    x = normal(20, 24, dtype=torch.float32).to(device)
+    half = copy.deepcopy(layer).bfloat16()
+    half.router = layer.router
+    expected, expected_stats = half(x.bfloat16())
+    for given in (x, x.bfloat16()):
+        layer.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            out, stats = layer(given)
+            assert torch.equal(out, expected) and torch.equal(stats.prob_sum, expected_stats.prob_sum)
+            (out.sum() + stats.prob_sum[0]).backward()  # within, so that backward is under autocast as well
+        assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in layer.parameters())
+    within = layer.router.weight.grad.clone()
+    layer.zero_grad()
+    with torch.autocast(device, torch.bfloat16):
+        out, stats = layer(x.bfloat16())
+    (out.sum() + stats.prob_sum[0]).backward()
+    assert torch.equal(layer.router.weight.grad, within)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_changes_no_bit(reentrant, backend):
+    layer = MoELayer(_but(OAI, backend=backend)).to(_device(backend))
+    x = normal(20, 24, dtype=torch.float32).to(_device(backend))
+    results = []
+    for checkpointing in (False, True):
+        leaf = x.clone().requires_grad_()
+        out, _ = checkpoint(layer, leaf, use_reentrant=reentrant) if checkpointing else layer(leaf)
+        layer.zero_grad()
+        out.square().sum().backward()
+        results.append([out, leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_looks_at_each_saved_tensor_once(backend):
+    """Offloading hooks fetch a tensor at every look."""
+    layer, unpacked = MoELayer(_but(OAI, backend=backend)).to(_device(backend)), []
+    x = normal(20, 24, dtype=torch.float32).to(_device(backend)).requires_grad_()
+
+    def unpack(packed: tuple[int, Tensor]) -> Tensor:
+        unpacked.append(packed[0])
+        return packed[1]
+
+    packs = itertools.count()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (next(packs), tensor), unpack):
+        out, stats = layer(x)
+        (out.sum() + stats.prob_sum[0]).backward()
+    assert unpacked and len(unpacked) == len(set(unpacked))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_experts(backend):
+    device = _device(backend)
+    layer = MoELayer(_but(OAI, backend=backend)).to(device)
+    x = normal(20, 24, dtype=torch.float32).to(device)
+    gradients = []
+    for frozen in (False, True):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not (frozen and name.startswith(("w_", "b_")))).grad = None
+        leaf = x.clone().requires_grad_()
+        layer(leaf)[0].square().sum().backward()
+        gradients.append([leaf.grad, layer.router.weight.grad.clone()])
+    assert layer.w_up.grad is None and layer.b_down.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_reset_parameters():
