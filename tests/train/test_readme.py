@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from moe_engine.bench.compile_only import CompileConfig
+from moe_engine.bench.traffic import TrafficConfig
 from moe_engine.config import ModelConfig
 from moe_engine.model import Transformer
 from moe_engine.presets import PRESETS, preset
@@ -25,9 +27,16 @@ from moe_engine.train.prepare import PrepareConfig
 from moe_engine.train.sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/training.md")
-README, TRAINING = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
-COMMANDS = {"moe-train": Flags, "moe-prepare": PrepareConfig, "moe-doctor": DoctorConfig, "moe-sample": SampleConfig}
+PAGES = ("README.md", "docs/training.md", "docs/kernels.md")
+README, TRAINING, KERNELS = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+COMMANDS = {
+    "moe-train": Flags,
+    "moe-prepare": PrepareConfig,
+    "moe-doctor": DoctorConfig,
+    "moe-sample": SampleConfig,
+    "moe-bench compile": CompileConfig,
+    "moe-bench traffic": TrafficConfig,
+}
 MODULES = {"moe_engine.train": "moe-train"} | {f"moe_engine.train.{n}": f"moe-{n}" for n in
                                                ("prepare", "doctor", "sample")}  # fmt: skip
 
@@ -150,6 +159,8 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
                 place = words.index("-m") + 1
                 if words[place] in MODULES:
                     words = [MODULES[words[place]], *words[place + 1 :]]
+            if words and words[0] == "moe-bench":
+                words = [" ".join(words[:2]), *words[2:]]
             if words and words[0] in COMMANDS:
                 found.append((words[0], words[1:]))
     return found
@@ -171,7 +182,7 @@ def accept(name: str, arguments: list[str], folder: Path) -> None:
 def test_the_commands_in_the_readme_are_accepted(tmp_path):
     (toml,) = fenced("toml")
     (tmp_path / "mine.toml").write_text(toml, encoding="utf-8")
-    calls = commands(README)
+    calls = commands(README + KERNELS)
     for name, arguments in calls:
         accept(name, arguments, tmp_path)
     assert {name for name, _ in calls} == set(COMMANDS) and len(calls) >= 12
@@ -189,7 +200,7 @@ def test_a_wrong_command_would_be_noticed(line, tmp_path):
 
 def test_every_command_and_make_target_is_mentioned():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    assert set(scripts) == set(COMMANDS)
+    assert set(scripts) == {command.split()[0] for command in COMMANDS}
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", prose) + "".join(fenced("bash")).splitlines()
@@ -202,13 +213,16 @@ def test_the_extras_are_those_of_pyproject():
     assert set(re.findall(r"^\| `(\w+)` \| .* \| `pip install", README, re.MULTILINE)) == set(extras)
 
 
-def test_the_examples_run():
-    blocks = fenced("python")
+@pytest.mark.parametrize("page", [README, KERNELS], ids=["README", "kernels"])
+def test_the_examples_run(page):
+    if page is KERNELS and torch.cuda.is_available():
+        pytest.skip("the page's example is for the interpreter")
+    blocks = fenced("python", page)
     assert blocks and "MoELayer" in blocks[0]
     for block in blocks:
         names: dict = {}
         exec(block, names)
-        assert names["out"].shape == names["x"].shape
+        assert names["out"].shape == names["x"].shape and names["out"].isfinite().all()
         assert int(names["stats"].expert_counts.sum()) == 2 * names["x"].shape[:-1].numel()
 
 

@@ -1,0 +1,64 @@
+"""docs/kernels.md says what the committed rows say, and what the code does."""
+
+import json
+import re
+from pathlib import Path
+
+from moe_engine.bench.shapes import LayerShape
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+PRODUCTS = {  # the table's rows: kernel, phase, which of them in it
+    "up_fwd": ("_up_fwd_kernel", "forward", 0),
+    "down-projection": ("_grouped_gemm_kernel", "forward", 0),
+    "down_bwd": ("_down_bwd_kernel", "backward", 0),
+    "grad_w_down": ("_weight_grad_kernel", "backward", 0),
+    "grad_h @ w_upᵀ": ("_grouped_gemm_kernel", "backward", 0),
+    "grad_w_up": ("_weight_grad_kernel", "backward", 1),
+}
+
+
+def _rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "bench/results" / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_table_of_machine_code_is_that_of_the_rows():
+    rows = _rows("compile.jsonl")
+    assert {row["versions"]["triton"][:3] for row in rows} == {"3.6", "3.8"}
+    assert not any(row["violations"] for row in rows)
+    for name, (kernel, phase, which) in PRODUCTS.items():
+        cells = []
+        for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            found = [
+                row
+                for row in rows
+                if (row["arch"], row["kernel"], row["versions"]["triton"]) == (arch, kernel, "3.8.0")
+                and phase in row["launches"]
+            ]
+            tile = found[which]["constants"]
+            sizes = f"{tile['BLOCK_M']}·{tile['BLOCK_N']}·{tile['BLOCK_K']}"
+            cells.append(f"{sizes}, {found[which]['registers']}, {found[which]['shared'] // 1024}")
+        assert f"| {name} | {' | '.join(cells)} |" in PAGE
+
+
+def test_the_table_of_traffic_is_that_of_the_rows():
+    for row in _rows("traffic.jsonl"):
+        launches = [launch["phase"] for launch in row["launches"]]
+        counts = f"{launches.count('forward')} + {launches.count('backward')}"
+        ratios = [f"{row['bytes'][phase] / row['floor'][phase]:.3f} ×" for phase in ("forward", "backward")]
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `--save {row['save']}`"))
+        assert re.findall(r"[\d.]+ ×", line) == ratios and line.endswith(f"| {counts} |")
+
+
+def test_the_launches_add_up_to_the_floors():
+    shape = {"T": 7, "D": 11, "F": 13, "E": 3, "K": 2}
+    sums = {"forward": 0, "backward": 0}
+    for number, cells in re.findall(r"^\| (\d+) \|(.*)\|$", PAGE, re.M):
+        if number == "8" or not (terms := re.findall(r"(\d+)([TDKEF]+)", cells.split("|")[-1])):
+            continue
+        for factor, letters in terms:
+            product = int(factor)
+            for letter in letters:
+                product *= shape[letter]
+            sums["forward" if int(number) <= 6 else "backward"] += product
+    assert sums == LayerShape(7, 11, 13, 3, 2).floors()
