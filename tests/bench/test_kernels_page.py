@@ -2,12 +2,17 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+from moe_engine.bench.compile_only import CompileConfig
 from moe_engine.bench.shapes import LayerShape
+from moe_engine.bench.traffic import TrafficConfig
+from moe_engine.train.cli import build, parse
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PRODUCTS = {  # the table's rows: kernel, phase, which of them in it
     "up_fwd": ("_up_fwd_kernel", "forward", 0),
     "down-projection": ("_grouped_gemm_kernel", "forward", 0),
@@ -16,6 +21,15 @@ PRODUCTS = {  # the table's rows: kernel, phase, which of them in it
     "grad_h @ w_upᵀ": ("_grouped_gemm_kernel", "backward", 0),
     "grad_w_up": ("_weight_grad_kernel", "backward", 1),
 }
+
+
+def test_the_commands_of_the_pages_are_accepted():
+    configs = {"compile": CompileConfig, "traffic": TrafficConfig}
+    calls = re.findall(r"^moe-bench .*$", PAGE + README, re.M)
+    assert len(calls) >= 4
+    for call in calls:
+        _, name, *arguments = shlex.split(call, comments=True)
+        build(configs[name], parse(name, configs[name], arguments))
 
 
 def _rows(name: str) -> list[dict]:
