@@ -23,7 +23,8 @@ from typing import Any
 
 from moe_engine.bench.compile_worker import PHASES, Job, Report, run_job
 from moe_engine.bench.machine_code import CARDS
-from moe_engine.bench.shapes import DTYPES, SAVE, versions
+from moe_engine.bench.shapes import DTYPES, versions
+from moe_engine.config import SAVE
 from moe_engine.presets import PRESETS
 from moe_engine.train.cli import run_command
 from moe_engine.train.errors import InputError

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib import metadata
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-SAVE = ("h", "x")
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,12 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def expert_options(save: str, autotune: bool) -> Iterator[None]:
-    """Have layers of the Triton backend call the expert MLP with options that they have no fields for."""
+def autotuning(on: bool) -> Iterator[None]:
+    """Have layers of the Triton backend ask for tuning, for which they have no field."""
     from moe_engine.kernels import expert_mlp as fused
 
     original = fused.expert_mlp
-    fused.expert_mlp = functools.partial(original, save=save, autotune=autotune)
+    fused.expert_mlp = functools.partial(original, autotune=on)
     try:
         yield
     finally:

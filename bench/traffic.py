@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from moe_engine import MoELayer, simulator
 from moe_engine.bench.runner import append_rows
-from moe_engine.bench.shapes import DTYPES, SAVE, LayerShape, expert_options, versions
-from moe_engine.config import ACTIVATIONS, MoEConfig
+from moe_engine.bench.shapes import DTYPES, LayerShape, versions
+from moe_engine.config import ACTIVATIONS, SAVE, MoEConfig
 from moe_engine.kernels.launch import INTERPRETED
 from moe_engine.simulator import Access, Launch
 from moe_engine.testing import assert_close, normal
@@ -215,8 +215,8 @@ def by_kernels(
     inputs: dict[str, Tensor], config: MoEConfig, save: str, counter: Counter
 ) -> tuple[dict[str, Tensor], list[Launch]]:
     """Output and gradients by the kernels, with their launches."""
-    layer, x, grad_out = _layer(inputs, replace(config, backend="triton"), inputs["x"].dtype)
-    with expert_options(save, autotune=False), simulator.observe(counter) as launches:
+    layer, x, grad_out = _layer(inputs, replace(config, backend="triton", save=save), inputs["x"].dtype)
+    with simulator.observe(counter) as launches:
         counter.phase = "forward"
         outputs, leaves = _forward(layer, x)
         counter.phase = "backward"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 BACKENDS = ("auto", "torch", "triton")
 GATES = ("softmax_over_topk", "softmax_then_topk")
+SAVE = ("h", "x")
 
 
 class Activation(NamedTuple):
@@ -52,7 +53,9 @@ class MoEConfig:
         router_bias: whether the router has a bias.
         gate: `softmax_over_topk` (gpt-oss, Mixtral: softmax of the chosen logits) or `softmax_then_topk` (OLMoE:
             probabilities of the chosen experts, not renormalised).
-        backend: `torch`, `triton`, or `auto` (the fastest that this version has for the input's device).
+        backend: `torch`, `triton`, or `auto`: triton for tensors on a GPU that Triton can use, torch elsewhere.
+        save: what backward finds of the experts, besides their input: `h` (the up-projection, 4·K·F bytes a token in
+            16-bit) or `x` (nothing: it is computed again).
         init_std: standard deviation of the weights; the down-projection is scaled further by the model.
     Raises:
         ValueError: a field is out of range; the message names it, what was expected and what came.
@@ -67,6 +70,7 @@ class MoEConfig:
     router_bias: bool = True
     gate: str = "softmax_over_topk"
     backend: str = "auto"
+    save: str = "h"
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class MoEConfig:
         _check(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", self.activation)
         _check(self.gate in GATES, "gate", f"one of {', '.join(GATES)}", self.gate)
         _check(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
+        _check(self.save in SAVE, "save", f"one of {', '.join(SAVE)}", self.save)
         _check(self.init_std > 0, "init_std", "a positive number", self.init_std)
 
 
@@ -91,7 +96,7 @@ class ModelConfig:
         vocab_size: rows of the embedding and of the output layer.
         num_layers, d_model: depth and width.
         num_heads, num_kv_heads, head_dim: grouped-query attention; num_heads is a multiple of num_kv_heads.
-        d_ff, num_experts, top_k, activation, expert_bias, router_bias, gate, backend: see `MoEConfig`.
+        d_ff, num_experts, top_k, activation, expert_bias, router_bias, gate, backend, save: see `MoEConfig`.
         attention_bias: biases on the query, key, value and output projections.
         attention_sinks: one learned logit per head that takes part in the softmax and adds no value.
         sliding_window: tokens that layers 0, 2, 4, … look back on, themselves included; the odd layers see
@@ -122,6 +127,7 @@ class ModelConfig:
     router_bias: bool = True
     gate: str = "softmax_over_topk"
     backend: str = "auto"
+    save: str = "h"
     attention_bias: bool = True
     attention_sinks: bool = True
     sliding_window: int = 128
@@ -170,6 +176,7 @@ class ModelConfig:
             router_bias=self.router_bias,
             gate=self.gate,
             backend=self.backend,
+            save=self.save,
             init_std=self.init_std,
         )
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moe_engine import checkpointing
 from moe_engine.attention import Attention, KVCache, RotaryEmbedding
 from moe_engine.config import ModelConfig
 from moe_engine.loss import linear_cross_entropy
@@ -31,7 +32,11 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + experts(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + experts(norm(x))`.
+
+    Attributes:
+        checkpointing: what forward keeps for backward, a mode of `moe_engine.checkpointing`.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -39,8 +44,13 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoELayer(config.moe)
+        self.checkpointing = "none"
 
     def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
+        """`(B, T, D)` → `(B, T, D)` and the router's statistics; rotary: the table of the T positions."""
+        return checkpointing.run(self.checkpointing, self._run, x, rotary, cache)
+
+    def _run(self, x: Tensor, rotary: Tensor, cache: KVCache | None) -> tuple[Tensor, RouterStats]:
         x = x + self.attention(self.attention_norm(x), rotary, cache)
         out, stats = self.moe(self.moe_norm(x))
         return x + out, stats
@@ -98,6 +108,24 @@ class Transformer(nn.Module):
         self.rotary = RotaryEmbedding(config)
         if not self.embedding.weight.is_meta:
             self.init_weights()
+
+    def set_checkpointing(self, mode: str, every: int = 1) -> None:
+        """Choose what blocks keep from forward to backward; results stay the same to the last bit.
+
+        May be called before or after the model is sharded or compiled, and again.
+
+        Args:
+            mode: `none`, `block` or `selective`, see `moe_engine.checkpointing`.
+            every: of the blocks, 0, every, 2·every, … get the mode, the others `none`.
+        Raises:
+            ValueError: there is no such mode, or every is below 1.
+        """
+        if mode not in checkpointing.MODES:
+            raise ValueError(f"mode: expected one of {', '.join(checkpointing.MODES)}, got {mode!r}")
+        if every < 1:
+            raise ValueError(f"every: expected at least 1, got {every}")
+        for layer, block in enumerate(self.blocks):
+            block.checkpointing = mode if layer % every == 0 else "none"
 
     def initial_std(self, name: str) -> float | None:
         """Standard deviation of a parameter at initialisation; None for a constant (`initial_constant`)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -13,14 +15,33 @@ from moe_engine.router import Router, RouterStats
 
 # A backend is a module with
 #   route(logits, top_k, gate) → (routed, RouterStats)
-#   expert_mlp(x, w_up, b_up, w_down, b_down, *routed, activation) → out
+#   expert_mlp(x, w_up, b_up, w_down, b_down, *routed, activation, save) → out
+#   check_available()
 # where `routed` is the gate weights and the order of the rows, as that backend wants them.
 _BACKENDS = {"torch": "moe_engine.torch_backend", "triton": "moe_engine.triton_backend"}
 
 
 def _backend(name: str) -> ModuleType:
-    """The module of a backend. The Triton kernels are imported for those who ask for them."""
-    return importlib.import_module(_BACKENDS["torch" if name == "auto" else name])
+    """The module of a backend, able to run. The Triton kernels are imported for those who ask for them.
+
+    Raises:
+        ValueError: it cannot run here.
+    """
+    module = importlib.import_module(_BACKENDS[name])
+    module.check_available()
+    return module
+
+
+@functools.cache
+def _gpu_backend() -> ModuleType | None:
+    """What `auto` takes for tensors on a GPU; None where there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return _backend("triton")
+    except (ImportError, ValueError) as error:
+        warnings.warn(f"the torch backend computes the experts, which is slow on a GPU: {error}", stacklevel=3)
+        return _backend("torch")
 
 
 class MoELayer(nn.Module):
@@ -40,9 +61,11 @@ class MoELayer(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        backend = _backend(config.backend)
-        backend.check_available()
-        self._route, self._expert_mlp = backend.route, backend.expert_mlp  # a module cannot be copied or pickled
+        # Functions, since a module can be neither copied nor pickled. `auto` looks at where x is.
+        backend = _backend("torch" if config.backend == "auto" else config.backend)
+        on_gpu = (_gpu_backend() if config.backend == "auto" else None) or backend
+        self._functions = (backend.route, backend.expert_mlp)
+        self._gpu_functions = (on_gpu.route, on_gpu.expert_mlp)
         e, d, f = config.num_experts, config.d_model, config.d_ff
         self.router = Router(config)
         self.w_up = nn.Parameter(torch.empty(e, d, 2 * f))
@@ -83,7 +106,8 @@ class MoELayer(nn.Module):
         if x.dtype != weights[0].dtype:
             raise ValueError(f"x: expected the dtype of the weights, {weights[0].dtype}, got {x.dtype}")
         rows = x.reshape(-1, config.d_model)
-        routed, stats = self._route(self.router(rows), config.top_k, config.gate)
+        route, expert_mlp = self._gpu_functions if rows.is_cuda else self._functions
+        routed, stats = route(self.router(rows), config.top_k, config.gate)
         # Expert parallelism would exchange rows here, and back before they are combined.
-        out = self._expert_mlp(rows, *weights, *routed, ACTIVATIONS[config.activation])
+        out = expert_mlp(rows, *weights, *routed, ACTIVATIONS[config.activation], config.save)
         return out.view_as(x), stats

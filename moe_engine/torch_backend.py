@@ -4,10 +4,10 @@
     sort_by_expert  topk_idx → expert_offsets, permutation: a stable sort of the N = T·K slots
     expert_mlp      h = x[t] @ w_up + b_up;  a = act(h);  y = a @ w_down + b_down;  out[t] = Σ_k topk_weights · y
 
-Backward of expert_mlp saves x, h, topk_weights and indices; `a` is recomputed, y is never needed, since the gradient
-of a gate weight is ⟨dO·w_downᵀ, a⟩ + ⟨dO, b_down⟩ (SonicMoE, arXiv 2512.14080). Everything goes expert by expert, so
-that the rows an elementwise pass touches are still in cache from the GEMM before it. A token's rows are added in the
-order of its slots: two runs agree bit for bit.
+Backward of expert_mlp saves x, h (not with save="x"), topk_weights and indices; `a` is recomputed, y is never needed,
+since the gradient of a gate weight is ⟨dO·w_downᵀ, a⟩ + ⟨dO, b_down⟩ (SonicMoE, arXiv 2512.14080). Everything goes
+expert by expert, so that the rows an elementwise pass touches are still in cache from the GEMM before it. A token's
+rows are added in the order of its slots: two runs agree bit for bit.
 
 T = tokens, D = d_model, F = d_ff, E = experts, K = top_k, N = T·K rows sorted by expert
 """
@@ -223,6 +223,13 @@ def _activation_backward(h: Tensor, grad_a: Tensor, act: Activation) -> tuple[Te
     return a.to(h.dtype), grad_h, grad_scale
 
 
+def _up_projection(x: Tensor, w_up: Tensor, b_up: Tensor | None, expert: int, out: Tensor | None) -> Tensor:
+    h = torch.mm(x, w_up[expert], out=out)
+    if b_up is not None:
+        h += b_up[expert]
+    return h
+
+
 @torch.library.custom_op("moe_engine::expert_mlp_torch", mutates_args=())
 def _forward(
     x: Tensor,
@@ -236,29 +243,28 @@ def _forward(
     alpha: float,
     offset: float,
     limit: float,
+    save: str,
 ) -> tuple[Tensor, Tensor]:
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
     token_of = permutation // top_k  # of a sorted row
     scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
-    h = x.new_empty(permutation.numel(), w_up.shape[2])
+    h = x.new_empty(permutation.numel() if save == "h" else 0, w_up.shape[2])
     y = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
 
     def work(e: int, rows: slice) -> None:
-        h_e = torch.mm(x.index_select(0, token_of[rows]), w_up[e], out=h[rows])
-        if b_up is not None:
-            h_e += b_up[e]
+        h_e = _up_projection(x.index_select(0, token_of[rows]), w_up, b_up, e, h[rows] if save == "h" else None)
         y_e = torch.mm(_activation(h_e, act), w_down[e])
         if b_down is not None:
             y_e += b_down[e]
         torch.mul(y_e, scale_of[rows], out=y[rows])
 
-    _for_each_expert(expert_offsets, h.numel(), work)
+    _for_each_expert(expert_offsets, permutation.numel() * w_up.shape[2], work)
     return _sum_over_slots(y, permutation, top_k).to(x.dtype), h
 
 
 @_forward.register_fake
-def _(x, w_up, b_up, w_down, b_down, topk_weights, permutation, expert_offsets, alpha, offset, limit):
-    return x.new_empty(x.shape), x.new_empty(permutation.numel(), w_up.shape[2])
+def _(x, w_up, b_up, w_down, b_down, topk_weights, permutation, expert_offsets, alpha, offset, limit, save):
+    return x.new_empty(x.shape), x.new_empty(permutation.numel() if save == "h" else 0, w_up.shape[2])
 
 
 @torch.library.custom_op("moe_engine::expert_mlp_torch_backward", mutates_args=())
@@ -267,15 +273,16 @@ def _backward(
     x: Tensor,
     h: Tensor,
     w_up: Tensor,
+    b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
     topk_weights: Tensor,
     permutation: Tensor,
     expert_offsets: Tensor,
-    up_bias: bool,
     alpha: float,
     offset: float,
     limit: float,
+    save: str,
 ) -> list[Tensor]:
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
     token_of = permutation // top_k
@@ -283,13 +290,14 @@ def _backward(
     grad_rows = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
     grad_scale = torch.empty(permutation.numel(), dtype=topk_weights.dtype, device=x.device)
     grad_w_up, grad_w_down = torch.empty_like(w_up), torch.empty_like(w_down)
-    grad_b_up = w_up.new_empty(w_up.shape[0], w_up.shape[2]) if up_bias else w_up.new_empty(0)
+    grad_b_up = torch.empty_like(b_up) if b_up is not None else w_up.new_empty(0)
     grad_b_down = torch.empty_like(b_down) if b_down is not None else w_up.new_empty(0)
 
     def work(e: int, rows: slice) -> None:
         x_e, grad_e = x.index_select(0, token_of[rows]), grad_out.index_select(0, token_of[rows])
         # The gate weight of a row multiplies whatever is narrow, D wide, and never the rows of width F or 2F.
-        a, grad_h, grad_scale_e = _activation_backward(h[rows], torch.mm(grad_e, w_down[e].t()), act)
+        h_e = h[rows] if save == "h" else _up_projection(x_e, w_up, b_up, e, None)
+        a, grad_h, grad_scale_e = _activation_backward(h_e, torch.mm(grad_e, w_down[e].t()), act)
         if b_down is not None:
             grad_scale_e += torch.mv(grad_e, b_down[e])
         grad_scale[rows] = grad_scale_e
@@ -299,10 +307,10 @@ def _backward(
         torch.mm(x_e.mul_(scale).t(), grad_h, out=grad_w_up[e])
         if b_down is not None:
             torch.sum(grad_e, 0, out=grad_b_down[e])
-        if up_bias:
+        if b_up is not None:
             torch.mv(grad_h.t(), scale.squeeze(1), out=grad_b_up[e])
 
-    _for_each_expert(expert_offsets, h.numel(), work)
+    _for_each_expert(expert_offsets, permutation.numel() * w_up.shape[2], work)
     for e in (expert_offsets.diff() == 0).nonzero().flatten().tolist():  # experts without a token
         for grad in (grad_w_up, grad_b_up, grad_w_down, grad_b_down):
             if grad.numel():
@@ -314,11 +322,11 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_out, x, h, w_up, w_down, b_down, topk_weights, permutation, expert_offsets, up_bias, alpha, offset, limit):
+def _(grad_out, x, h, w_up, b_up, w_down, b_down, topk_weights, *rest):
     return [
         x.new_empty(x.shape),
         torch.empty_like(w_up),
-        w_up.new_empty(w_up.shape[0], w_up.shape[2]) if up_bias else w_up.new_empty(0),
+        torch.empty_like(b_up) if b_up is not None else w_up.new_empty(0),
         torch.empty_like(w_down),
         torch.empty_like(b_down) if b_down is not None else w_up.new_empty(0),
         torch.empty_like(topk_weights),
@@ -327,21 +335,20 @@ def _(grad_out, x, h, w_up, w_down, b_down, topk_weights, permutation, expert_of
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, w_up, b_up, w_down, b_down, topk_weights, permutation, expert_offsets, *ctx.constants = inputs
-    ctx.up_bias = b_up is not None
-    ctx.save_for_backward(x, output[1], w_up, w_down, b_down, topk_weights, permutation, expert_offsets)
+    ctx.save_for_backward(x, output[1], w_up, b_up, w_down, b_down, topk_weights, permutation, expert_offsets)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or h would get a gradient of zeros
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _grad_h: None) -> tuple:
-    x, h, w_up, w_down, b_down, *routing = ctx.saved_tensors
-    grads = _backward(grad_out.contiguous(), x, h, w_up, w_down, b_down, *routing, ctx.up_bias, *ctx.constants)
+    x, h, w_up, b_up, w_down, b_down, *routing = ctx.saved_tensors
+    grads = _backward(grad_out.contiguous(), x, h, w_up, b_up, w_down, b_down, *routing, *ctx.constants)
     grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_weights = grads
-    if not ctx.up_bias:
+    if b_up is None:
         grad_b_up = None
     if b_down is None:
         grad_b_down = None
-    return grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_weights, None, None, None, None, None
+    return grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_weights, *(None,) * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
@@ -357,6 +364,7 @@ def expert_mlp(
     permutation: Tensor,
     expert_offsets: Tensor,
     activation: Activation,
+    save: str = "h",
 ) -> Tensor:
     """The experts' MLPs, weighted and summed into each token's row.
 
@@ -367,8 +375,11 @@ def expert_mlp(
         topk_weights: `(T, K)` fp32 (fp64 for fp64 inputs).
         permutation, expert_offsets: from `sort_by_expert`.
         activation: constants of the gated activation.
+        save: `h` keeps the up-projection for backward, `x` computes it again there; the same results to the bit.
     Returns:
         `(T, D)` in x's dtype. Differentiable in x, the weights, the biases and topk_weights.
     """
-    out, _ = _forward(x, w_up, b_up, w_down, b_down, topk_weights, permutation, expert_offsets, *activation)
+    if not torch.is_grad_enabled():
+        save = "x"  # nobody will need h
+    out, _ = _forward(x, w_up, b_up, w_down, b_down, topk_weights, permutation, expert_offsets, *activation, save)
     return out

@@ -46,7 +46,8 @@ def expert_mlp(
     order: Tensor,
     inverse: Tensor,
     activation: Activation,
+    save: str = "h",
 ) -> Tensor:
     """See `moe_engine.kernels.expert_mlp.expert_mlp`; `order`, `inverse` are the permutation and its inverse."""
     routed = (topk_weights, expert_offsets, order, inverse)
-    return fused.expert_mlp(x.contiguous(), w_up, b_up, w_down, b_down, *routed, *activation)
+    return fused.expert_mlp(x.contiguous(), w_up, b_up, w_down, b_down, *routed, *activation, save=save)

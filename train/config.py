@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclas
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from moe_engine.checkpointing import MODES
 from moe_engine.config import ModelConfig
 from moe_engine.presets import PRESETS, preset
 from moe_engine.train.errors import InputError
@@ -44,6 +45,12 @@ class TrainConfig:
     max_iters: int = option(50_000, "optimizer steps")
     grad_accum_steps: int = option(32, "micro-steps per optimizer step")
     # Optimization
+    optimizer: str = option(
+        "adamw", "adamw8bit keeps the moments in 8 bits (extra adamw8bit)", choices=("adamw", "adamw8bit")
+    )
+    optimizer_in_backward: bool = option(
+        False, "step in backward, without a gradient buffer; needs grad_accum_steps 1, clips per parameter"
+    )
     lr: float = option(3e-4, "peak learning rate")
     min_lr: float = option(3e-5, "learning rate at the end of the cosine")
     weight_decay: float = option(0.1, "AdamW weight decay, on matrices only")
@@ -58,6 +65,10 @@ class TrainConfig:
     dtype: str | None = option(
         None, "training dtype (default: bfloat16; float32 on a CPU)", choices=("bfloat16", "float16", "float32")
     )
+    checkpointing: str = option(
+        "none", "activations that a block keeps: all, its input only, or large GEMMs' results too", choices=MODES
+    )
+    checkpoint_every: int = option(1, "blocks to one that --checkpointing acts on, counted from the first")
     seed: int = option(1337, "seed of initialisation and data order")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     # Checkpoints
@@ -77,7 +88,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "block_size", "max_iters", "grad_accum_steps", "lr_decay_iters", "log_interval",
-                        "eval_iters", "sample_tokens")  # fmt: skip
+                        "eval_iters", "sample_tokens", "checkpoint_every")  # fmt: skip
         not_negative = ("warmup_iters", "save_every", "keep_last_n", "eval_interval", "sample_every", "top_k", "seed",
                         "lr", "min_lr", "weight_decay", "grad_clip", "router_z_coef", "temperature")  # fmt: skip
         for names, least in ((at_least_one, 1), (not_negative, 0)):
@@ -90,6 +101,16 @@ class TrainConfig:
                 raise InputError(f"--{name}: expected a number in [0, 1), got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise InputError(f"--min_lr: expected at most lr = {self.lr}, got {self.min_lr}")
+        if self.optimizer_in_backward and self.grad_accum_steps != 1:
+            raise InputError(
+                f"--optimizer_in_backward: expected --grad_accum_steps 1, got {self.grad_accum_steps}; a gradient is "
+                "applied and freed before the next micro-step has one to add"
+            )
+        if self.optimizer_in_backward and self.dtype == "float16":
+            raise InputError(
+                "--optimizer_in_backward: expected --dtype bfloat16 or float32, got float16; whether a loss scale was "
+                "too large is known only after backward, when the parameters are updated already"
+            )
         self.aux_coef(8)
 
     def aux_coef(self, num_experts: int) -> float:
@@ -271,7 +292,8 @@ def to_toml(config: TrainConfig, model: ModelConfig | None = None) -> str:
 _FREE = {
     "data_dir", "out_dir", "fresh", "max_iters", "save_every", "keep_last_n", "eval_interval", "eval_iters",
     "log_interval", "log_router_stats", "sample_every", "sample_tokens", "sample_prompt", "temperature", "top_k",
-    "device", "preset", "batch_size", "grad_accum_steps",
+    "device", "preset", "batch_size", "grad_accum_steps", "checkpointing", "checkpoint_every",
+    "optimizer_in_backward",
 }  # fmt: skip
 
 
@@ -279,14 +301,16 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Fields in which two runs' tables (as read from config.toml) differ and may not, as `name: old → new`.
 
     batch_size and grad_accum_steps may change, because their product with the number of devices is what counts: the
-    checkpoint holds that.
+    checkpoint holds that. A run older than an option was one with its default.
     """
     rows = []
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
     for name in sorted(({*old, *new} - _FREE) | {"model"}):
-        a, b = old.get(name), new.get(name)
+        a, b = (table.get(name, defaults.get(name)) for table in (old, new))
         if name == "model":
-            a, b = a or {}, b or {}
-            rows += [f"model.{k}: {a.get(k)} → {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+            a, b = old.get("model") or {}, new.get("model") or {}
+            names = sorted({*a, *b} - {"save"})  # what backward keeps changes no result
+            rows += [f"model.{k}: {a.get(k)} → {b.get(k)}" for k in names if a.get(k) != b.get(k)]
         elif a != b:
             rows.append(f"{name}: {a} → {b}")
     return rows

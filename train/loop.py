@@ -35,7 +35,7 @@ from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
 from moe_engine.train.device import memory_total, memory_used, peak_flops, pick_dtype
 from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import RunLog
-from moe_engine.train.optim import make_optimizer, make_scaler
+from moe_engine.train.optim import StepInBackward, make_optimizer, make_scaler, set_learning_rate
 from moe_engine.train.parallel import World, all_sum, any_rank
 from moe_engine.train.plots import draw_plots
 from moe_engine.train.signs import WarningSigns, format_train_line
@@ -84,6 +84,8 @@ class Trainer:
         self.notes = [*self.train_data.notes, *val_data.notes]
         self.model = self._build_model()
         self.optimizer = make_optimizer(self.model, config)
+        in_backward = config.optimizer_in_backward
+        self.in_backward = StepInBackward(self.model, self.optimizer, config.grad_clip) if in_backward else None
         self.scaler = make_scaler(self.dtype, device)
         self.checkpoints = Checkpoints(Path(config.out_dir), world, config.keep_last_n)
 
@@ -97,10 +99,12 @@ class Trainer:
     # Building
 
     def _check_memory(self) -> None:
-        """Refuse what cannot fit: 16 bytes a parameter for weights, gradients and AdamW, before any activation."""
+        """Refuse what cannot fit: weights, gradients and optimizer, 16 bytes a parameter with AdamW, no activations."""
         total = self.model_config.matrix_parameters()[0] + self.model_config.vocab_size * self.model_config.d_model
         shared = self.world.size if self.device.type == "cuda" else 1
-        need, have = 16 * total / shared, memory_total(self.device)
+        moments = 2 if self.config.optimizer == "adamw8bit" else 8
+        each = 4 + (0 if self.config.optimizer_in_backward else 4) + moments
+        need, have = each * total / shared, memory_total(self.device)
         if need > have:
             raise InputError(
                 f"--preset {self.config.preset}: weights, gradients and optimizer of {total / 1e9:.2f} B parameters "
@@ -115,6 +119,7 @@ class Trainer:
                 model = Transformer(self.model_config)
         except ValueError as error:  # a backend that is not there
             raise InputError(f"--model.{error}") from None
+        model.set_checkpointing(self.config.checkpointing, self.config.checkpoint_every)
         if parallel.start(self.world, self.device, self.dtype):
             parallel.shard(model, self.world, self.device, self.dtype)
         model.to_empty(device=self.device)
@@ -138,9 +143,13 @@ class Trainer:
         return out.loss / (self.config.batch_size * self.config.block_size), balance, z
 
     def train_step(self) -> Step:
-        """One optimizer step. All ranks apply it or, when a gradient is not finite, none does."""
+        """One optimizer step. All ranks apply it or, when a gradient is not finite, none does.
+
+        With `optimizer_in_backward` that holds for each parameter and not for all together.
+        """
         config = self.config
         parts: list[tuple[Tensor, ...]] = []
+        set_learning_rate(self.optimizer, config.learning_rate(self.iteration))
         for _ in range(config.grad_accum_steps):
             inputs, targets = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
@@ -157,8 +166,9 @@ class Trainer:
 
     def _update(self) -> tuple[float, bool]:
         """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate(self.iteration)
+        if self.in_backward:  # done
+            grad_norm = self.in_backward.finish()
+            return grad_norm, math.isfinite(grad_norm)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -239,6 +249,7 @@ class Trainer:
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             "scaler": self.scaler.state_dict(),
             "tokens_per_iteration": self.tokens_per_iteration,
+            "ranks": self.world.size,
             "tokenizer": self.train_data.meta.tokenizer,
             "vocab_size": self.train_data.meta.vocab_size,
             "arguments": dataclasses.asdict(self.config) | {"fresh": False},
@@ -251,13 +262,19 @@ class Trainer:
         """Go on from a checkpoint.
 
         Raises:
-            InputError: it does not fit the data, the model or the size of the global batch.
+            InputError: it does not fit the data, the model, the size of the global batch or, with 8-bit moments, the
+                number of processes.
         """
         known = self.checkpoints.read_state(path)
         if known["tokens_per_iteration"] != self.tokens_per_iteration:
             raise InputError(
                 f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
                 f"{known['tokens_per_iteration']} tokens per iteration, this start has {self.tokens_per_iteration}"
+            )
+        if self.config.optimizer == "adamw8bit" and known["ranks"] != self.world.size:
+            raise InputError(
+                f"--optimizer adamw8bit: the run in {self.config.out_dir} has its moments in the parts of "
+                f"{known['ranks']} processes, this start has {self.world.size}; their blocks cannot be cut anew"
             )
         self.loader.load_state_dict(known["loader"])
         state = self.checkpoints.load(path, self.model, self.optimizer, self.device)
@@ -318,15 +335,19 @@ class Trainer:
         if step.applied:
             return
         state = self.loader.state_dict()
+        skipped, kept = "the update is", "those before them"
+        if self.in_backward:
+            skipped = "the update of every parameter whose gradient is not finite is"
+            kept = "updated where gradients were finite"
         self.log.warn(
-            f"iter {self.iteration}: gradient norm {step.grad_norm}, the update is skipped on all ranks "
+            f"iter {self.iteration}: gradient norm {step.grad_norm}, {skipped} skipped on all ranks "
             f"(batch before window {state['window']} of epoch {state['epoch']})"
         )
         if self.bad_steps >= MAX_BAD_STEPS:
             self.save()
             raise InputError(
-                f"{self.bad_steps} iterations in a row without a finite gradient: stopped; the weights are those before"
-                f" them (checkpoint {self.iteration}); lower --lr"
+                f"{self.bad_steps} iterations in a row without a finite gradient: stopped; the weights are {kept} "
+                f"(checkpoint {self.iteration}); lower --lr"
             )
 
     # The run

@@ -103,6 +103,7 @@ def test_the_layers_config_takes_every_expert_field_of_the_models():
         "router_bias": False,
         "gate": "softmax_then_topk",
         "backend": "torch",
+        "save": "x",
         "init_std": 0.03,
     }
     assert ModelConfig(**MODEL, **changed).moe == MoEConfig(**LAYER, **changed)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import pickle
 import threading
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from moe_engine import MoEConfig, MoELayer, reference, torch_backend, triton_backend
+from moe_engine import MoEConfig, MoELayer, moe, reference, torch_backend, triton_backend
 from moe_engine.config import ACTIVATIONS
 from moe_engine.router import RouterStats, balance_loss
 from moe_engine.testing import (
@@ -277,8 +278,8 @@ def test_errors_name_what_is_wrong(monkeypatch):
         MoELayer(_but(OAI, backend="triton"))
     monkeypatch.undo()
     for backend in ("torch", "auto"):
-        assert MoELayer(_but(OAI, backend=backend))._expert_mlp is torch_backend.expert_mlp
-    assert MoELayer(_but(OAI, backend="triton"))._expert_mlp is triton_backend.expert_mlp
+        assert MoELayer(_but(OAI, backend=backend))._functions[1] is torch_backend.expert_mlp
+    assert MoELayer(_but(OAI, backend="triton"))._functions[1] is triton_backend.expert_mlp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -360,6 +361,30 @@ def test_frozen_experts(backend):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_auto_takes_triton_for_tensors_on_a_gpu_and_says_so_if_it_cannot(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for target, expected in ((lambda: "sm_90", triton_backend), (_no_gpu, torch_backend)):
+        moe._gpu_backend.cache_clear()
+        monkeypatch.setattr("moe_engine.kernels.launch.target", target)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            layers = [MoELayer(OAI) for _ in range(2)]
+        assert (
+            layers[0]._gpu_functions[1] is expected.expert_mlp and layers[0]._functions[1] is torch_backend.expert_mlp
+        )
+        assert [str(w.message)[:17] for w in caught] == (["the torch backend"] if expected is torch_backend else [])
+    assert MoELayer(_but(OAI, backend="torch"))._gpu_functions[1] is torch_backend.expert_mlp
+    moe._gpu_backend.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_modes_agree_bit_for_bit(backend, dtype):
+    inputs = _inputs(CASES[0], dtype)
+    kept_h, kept_x = (_run(_layer(_but(OAI, backend=backend, save=save)), *inputs, OAI) for save in ("h", "x"))
+    assert all(torch.equal(value, kept_x[name]) for name, value in kept_h.items())
+
+
 def test_reset_parameters():
     layer = MoELayer(MoEConfig(128, 96, init_std=0.05))
     for name, p in layer.named_parameters():
@@ -410,13 +435,15 @@ def test_without_gradients_the_output_is_the_same(case):
         assert torch.equal(out, expected) and not out.requires_grad
 
 
+@pytest.mark.parametrize("save", ["h", "x"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("config", [OAI, OLMOE], ids=["gpt-oss", "OLMoE"])
-def test_what_backward_keeps(config):
+def test_what_backward_keeps(config, backend, save):
     """2·T·D bytes of x, 4·T·K·F of h, and a small part for the router and the indices: no activation, no output."""
-    config = _but(config, d_model=64, d_ff=48)
-    tokens, d, f, e, k = 300, config.d_model, config.d_ff, config.num_experts, config.top_k
-    layer = MoELayer(config).bfloat16()
-    x = normal(tokens, d, dtype=torch.bfloat16).requires_grad_()
+    config = _but(config, d_model=64, d_ff=48, backend=backend, save=save)
+    tokens, d, f, e, k = 150, config.d_model, config.d_ff, config.num_experts, config.top_k
+    layer = MoELayer(config).bfloat16().to(_device(backend))
+    x = normal(tokens, d, dtype=torch.bfloat16).to(_device(backend)).requires_grad_()
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept = {}
 
@@ -430,8 +457,9 @@ def test_what_backward_keeps(config):
         out, stats = layer(x)
     assert kept.pop(x.untyped_storage().data_ptr())[0] == 2 * tokens * d
     sizes = sorted(nbytes for nbytes, _, _ in kept.values())
-    assert sizes.pop() == 4 * tokens * k * f
-    # Logits, gate weights, chosen experts, permutation, offsets; twice the weights where they are saved in two places.
+    if save == "h":
+        assert sizes.pop() == 4 * tokens * k * f
+    # Logits, gate weights, chosen experts, permutation, offsets; weights or the inverse permutation once more.
     small = tokens * e * 4 + 4 * tokens * k * 4 + (e + 1) * 4
     assert sum(sizes) <= small, [shape for _, shape, _ in kept.values()]
     (out.sum() + stats.prob_sum.sum()).backward()

@@ -60,29 +60,29 @@ def test_one_bias_without_the_other(bias):
         assert_close(actual.detach(), exact.detach(), roundings=FP64_SUMS)
 
 
-def _op_inputs(biases: bool, activation: str = "swiglu_oai") -> tuple:
+def _op_inputs(biases: bool, activation: str = "swiglu_oai", save: str = "h") -> tuple:
     config = dataclasses.replace(CONFIG, expert_bias=biases, activation=activation)
     x, values = _inputs(config, 9, torch.float32)
     idx, weights, stats = torch_backend.gate(x @ values["router.weight"].T, 2, GATES[0])
     offsets, permutation = torch_backend.sort_by_expert(idx, stats.expert_counts)
     floats = [x, values["w_up"], values.get("b_up"), values["w_down"], values.get("b_down"), weights.detach()]
     floats = [None if t is None else t.clone().requires_grad_() for t in floats]
-    return (*floats, permutation, offsets, *ACTIVATIONS[activation])
+    return (*floats, permutation, offsets, *ACTIVATIONS[activation], save)
 
 
+@pytest.mark.parametrize("save", ["h", "x"])
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
-def test_opcheck_of_forward(biases):
-    inputs = _op_inputs(biases)
+def test_opcheck_of_forward(biases, save):
+    inputs = _op_inputs(biases, save=save)
     torch.library.opcheck(torch.ops.moe_engine.expert_mlp_torch.default, inputs)
     strided = inputs[0].detach().t().contiguous().t().requires_grad_()  # the fake outputs must not copy its strides
     torch.library.opcheck(torch.ops.moe_engine.expert_mlp_torch.default, (strided, *inputs[1:]))
 
 
+@pytest.mark.parametrize("save", ["h", "x"])
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
-def test_opcheck_of_backward(biases):
-    x, w_up, _, w_down, b_down, weights, permutation, offsets, *constants = (
-        t.detach() if isinstance(t, Tensor) else t for t in _op_inputs(biases)
-    )
-    h = normal(18, 40, dtype=torch.float32)
-    args = (torch.ones_like(x), x, h, w_up, w_down, b_down, weights, permutation, offsets, biases, *constants)
+def test_opcheck_of_backward(biases, save):
+    x, *others = (t.detach() if isinstance(t, Tensor) else t for t in _op_inputs(biases, save=save))
+    h = normal(18 if save == "h" else 0, 40, dtype=torch.float32)
+    args = (torch.ones_like(x), x, h, *others)
     torch.library.opcheck(torch.ops.moe_engine.expert_mlp_torch_backward.default, args)
