@@ -204,6 +204,8 @@ def start(spec):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            # A shell has its background jobs ignore it, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         process.stdin.write("".join(f"line {i}\n" for i in range(500_000)).encode())
         process.stdin.flush()
