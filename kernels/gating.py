@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments
+from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments, power_of_2
 
 MODES = ("softmax_over_topk", "softmax_then_topk")
 MAX_EXPERTS, MAX_TOP_K = 256, 8
@@ -64,23 +64,19 @@ class Gating(NamedTuple):
     block_offsets: Tensor
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def block_tokens(num_experts: int) -> int:
     """Tokens of a block, the unit in which the gate counts and `permutation.sort_by_expert` sorts."""
-    return max(32, min(128, 4096 // _power_of_2(num_experts)))
+    return max(32, min(128, 4096 // power_of_2(num_experts)))
 
 
 def _tile_tokens(num_experts: int) -> int:
     """Tokens whose (tokens × experts) a program holds at once."""
-    return min(128, 2048 // _power_of_2(num_experts))
+    return min(128, 2048 // power_of_2(num_experts))
 
 
 def _tile_warps(num_experts: int) -> int:
     """Warps of such a program: 8 elements for a thread, since with 16 of them some targets spill."""
-    return max(4, _tile_tokens(num_experts) * _power_of_2(num_experts) // 256)
+    return max(4, _tile_tokens(num_experts) * power_of_2(num_experts) // 256)
 
 
 @triton.jit
@@ -301,7 +297,7 @@ def _gate_forward(
     check_device("logits", logits)
     (tokens, experts), blocks = logits.shape, _blocks(logits)
     out = _outputs(logits, top_k)
-    experts_pow2 = _power_of_2(experts)
+    experts_pow2 = power_of_2(experts)
     counts = torch.empty_like(out.block_offsets)
     probs = torch.empty_like(counts, dtype=torch.float32)
     scalars = probs.new_empty(2, blocks)
@@ -320,7 +316,7 @@ def _gate_forward(
             BLOCK_T=block_tokens(experts),
             TILE_T=_tile_tokens(experts),
             E_POW2=experts_pow2,
-            K_POW2=_power_of_2(top_k),
+            K_POW2=power_of_2(top_k),
             num_warps=_tile_warps(experts),
         )
     _gate_reduce_kernel[(1,)](
@@ -366,7 +362,7 @@ def _gate_backward(
             TOP_K=top_k,
             RENORMALISE=renormalise,
             BLOCK_T=size,
-            E_POW2=_power_of_2(experts),
+            E_POW2=power_of_2(experts),
             num_warps=_tile_warps(experts),
         )
     return grad_logits

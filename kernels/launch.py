@@ -39,6 +39,11 @@ INTERPRETED = not isinstance(_probe_kernel, triton.runtime.JITFunction)
 """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when they were imported)."""
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n, for n ≥ 1; plain, since it is traced where blocks are counted."""
+    return 1 << (n - 1).bit_length()
+
+
 def check(ok: bool, name: str, expected: str, got: Any) -> None:
     """Raise ValueError naming the argument, what was expected and what came, unless ok."""
     if not ok:

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_engine.kernels.gating import MAX_EXPERTS, MAX_TOP_K, block_tokens
-from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments
+from moe_engine.kernels.launch import FLOATS, check, check_device, check_tensor, on_device_of_arguments, power_of_2
 
 _TILE = 4096  # elements that a program moves at once: 32 for each thread of 4 warps
 _WIDEST, _WIDEST_BACKWARD = 1024, 256  # columns of a tile; 256 leave a warp whole rows, so that it sums them alone
@@ -174,13 +174,9 @@ def _combine_bwd_kernel(
     tl.store(grad_weights_ptr + at_weights, grad_weights, mask=here[:, None] & (slots < TOP_K)[None, :])
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _tile(columns: int, widest: int, elements: int) -> tuple[int, int]:
     """Tokens and columns of a tile."""
-    block_d = min(widest, _power_of_2(columns))
+    block_d = min(widest, power_of_2(columns))
     return min(64, elements // block_d), block_d
 
 
@@ -249,7 +245,7 @@ def _sort(topk_idx: Tensor, expert_offsets: Tensor, block_offsets: Tensor) -> tu
             E=experts,
             TOP_K=top_k,
             BLOCK_T=block_tokens(experts),
-            E_POW2=_power_of_2(experts),
+            E_POW2=power_of_2(experts),
             num_warps=16 if experts > 128 else 8,
         )
     return permutation, inverse_permutation
@@ -301,7 +297,7 @@ def _combine_backward(
             tokens,
             D=columns,
             TOP_K=top_k,
-            K_POW2=_power_of_2(top_k),
+            K_POW2=power_of_2(top_k),
             BLOCK_T=block_t,
             BLOCK_D=block_d,
         )
