@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,29 @@ from moe_engine.moe import MoELayer
 from moe_engine.router import RouterStats
 
 
+class _Normalise(torch.autograd.Function):
+    """RMSNorm in fp32 or better that keeps x as it came, and 1/√(mean(x²) + eps), as PyTorch's kernel for GPUs does.
+
+    On a CPU autograd would keep wide copies of x, 8 bytes more an element in 16-bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        grad_wide, normed = grad.to(inverse.dtype), x * inverse
+        grad_weight = (grad_wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = grad_wide * weight
+        mean = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
+        return torch.addcmul(grad_normed, normed, mean, value=-1).mul_(inverse).to(x.dtype), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     """`x / √(mean(x²) + eps) · weight` over the last dimension."""
 
@@ -28,7 +51,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _Normalise.apply(x, self.weight, self.eps)
 
 
 class Block(nn.Module):

@@ -122,26 +122,36 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _for_each_expert(expert_offsets: Tensor, size: int, work: Callable[[int, slice], None]) -> None:
-    """Call `work(expert, rows)` for every expert that owns rows. Reads the offsets on the host.
+def host_offsets(expert_offsets: Tensor, num_rows: int) -> list[int]:
+    """The offsets as numbers: waits for the device. `moe_engine.memory`, which has no values, divides rows evenly."""
+    return expert_offsets.tolist()
+
+
+def _for_each_expert(
+    expert_offsets: Tensor, num_rows: int, width: int, work: Callable[[int, slice], None]
+) -> list[int]:
+    """Call `work(expert, rows)` for every expert that owns rows; returns the others.
 
     On a CPU, experts are computed side by side, one thread each, when there is enough work and no expert holds most of
     it: single-threaded GEMMs waste less than shared ones, and everything between them runs in parallel too. What an
     expert computes does not depend on where it ran.
 
     Args:
-        size: elements of h, the measure of the work.
+        num_rows, width: of h, whose size is the measure of the work.
     """
-    offsets = expert_offsets.tolist()
+    offsets = host_offsets(expert_offsets, num_rows)
     groups = [(e, slice(begin, end)) for e, (begin, end) in enumerate(pairwise(offsets)) if end > begin]
+    idle = [e for e, (begin, end) in enumerate(pairwise(offsets)) if end == begin]
     threads = torch.get_num_threads()
     largest = max((rows.stop - rows.start for _, rows in groups), default=0)
-    side_by_side = expert_offsets.device.type == "cpu" and size >= 1 << 18 and largest * threads <= 2 * offsets[-1]
+    side_by_side = (
+        expert_offsets.device.type == "cpu" and num_rows * width >= 1 << 18 and largest * threads <= 2 * offsets[-1]
+    )
     if threads == 1 or not side_by_side:
         with without_autocast(expert_offsets):
             for group in groups:
                 work(*group)
-        return
+        return idle
 
     # Autocast is each thread's own, and off in a new one.
     inference = torch.is_inference_mode_enabled()
@@ -152,6 +162,7 @@ def _for_each_expert(expert_offsets: Tensor, size: int, work: Callable[[int, sli
 
     groups.sort(key=lambda group: group[1].start - group[1].stop)  # the largest first, so that threads end together
     list(_pool(threads, os.getpid()).map(detached, groups))
+    return idle
 
 
 def _sum_over_slots(rows: Tensor, permutation: Tensor, top_k: int) -> Tensor:
@@ -258,7 +269,7 @@ def _forward(
             y_e += b_down[e]
         torch.mul(y_e, scale_of[rows], out=y[rows])
 
-    _for_each_expert(expert_offsets, permutation.numel() * w_up.shape[2], work)
+    _for_each_expert(expert_offsets, permutation.numel(), w_up.shape[2], work)
     return _sum_over_slots(y, permutation, top_k).to(x.dtype), h
 
 
@@ -310,8 +321,7 @@ def _backward(
         if b_up is not None:
             torch.mv(grad_h.t(), scale.squeeze(1), out=grad_b_up[e])
 
-    _for_each_expert(expert_offsets, permutation.numel() * w_up.shape[2], work)
-    for e in (expert_offsets.diff() == 0).nonzero().flatten().tolist():  # experts without a token
+    for e in _for_each_expert(expert_offsets, permutation.numel(), w_up.shape[2], work):  # experts without a token
         for grad in (grad_w_up, grad_b_up, grad_w_down, grad_b_down):
             if grad.numel():
                 grad[e] = 0

@@ -138,7 +138,7 @@ def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:
     log.note(
         f"{config.preset}: {total / 1e6:.1f} M parameters in matrices, {active / 1e6:.1f} M active per token, on "
         f"{trainer.world.size} × {device_name(trainer.device)}; {trainer.tokens_per_iteration} tokens per iteration, "
-        f"router_aux_coef {trainer.aux_coef:g}"
+        f"router_aux_coef {trainer.engine.aux_coef:g}"
     )
     if checkpoint:
         log.note(f"resuming from {checkpoint} at iteration {trainer.iteration}")

@@ -1,12 +1,6 @@
 """The training loop: one `Trainer` a process, from data to checkpoints.
 
-An iteration is one optimizer step over `batch_size · grad_accum_steps` sequences a rank. Its loss is
-
-    Σ nats / tokens + router_aux_coef · Σ_layers balance + router_z_coef · Σ_layers z_loss
-
-balance uses the expert counts of all ranks (global-batch balance), so that the number of ranks does not change the
-loss of a global batch. `router_aux` in the logs is coef · (mean over layers of balance − 1): 0 when experts are used
-equally.
+`router_aux` in the logs is coef · (mean over layers of balance − 1): 0 when experts are used equally.
 """
 
 from __future__ import annotations
@@ -18,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.generate import generate
-from moe_engine.model import ModelOutput, Transformer
-from moe_engine.router import balance_loss, z_loss
+from moe_engine.model import Transformer
 from moe_engine.train import parallel
 from moe_engine.train.checkpoint import Checkpoints
 from moe_engine.train.config import TrainConfig
@@ -35,24 +27,13 @@ from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
 from moe_engine.train.device import memory_total, memory_used, peak_flops, pick_dtype
 from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import RunLog
-from moe_engine.train.optim import StepInBackward, make_optimizer, make_scaler, set_learning_rate
 from moe_engine.train.parallel import World, all_sum, any_rank
 from moe_engine.train.plots import draw_plots
 from moe_engine.train.signs import WarningSigns, format_train_line
+from moe_engine.train.step import Engine, Step, build_model
 from moe_engine.train.tokenizer import check_spec, load_tokenizer
 
 MAX_BAD_STEPS = 10  # iterations in a row without a finite gradient before a run gives up
-
-
-@dataclass
-class Step:
-    """What one iteration did. Tensors stay on the device; loss and router values are this rank's until `log`."""
-
-    loss: Tensor  # nats per token
-    balance: Tensor  # (layers)
-    z: Tensor  # (layers)
-    grad_norm: float
-    applied: bool
 
 
 class Trainer:
@@ -75,7 +56,6 @@ class Trainer:
         check_spec(meta.tokenizer)
         self.tokenizer = load_tokenizer(meta.tokenizer) if config.sample_every else None  # training needs no ranks
         self.model_config = config.model_config(meta.vocab_size)
-        self.aux_coef = config.aux_coef(self.model_config.num_experts)
         self._check_memory()
 
         placement = {"rank": world.rank, "world_size": world.size, "device": device}
@@ -83,10 +63,7 @@ class Trainer:
         self.val_loader = ValLoader(val_data, config.batch_size, config.eval_iters, **placement)
         self.notes = [*self.train_data.notes, *val_data.notes]
         self.model = self._build_model()
-        self.optimizer = make_optimizer(self.model, config)
-        in_backward = config.optimizer_in_backward
-        self.in_backward = StepInBackward(self.model, self.optimizer, config.grad_clip) if in_backward else None
-        self.scaler = make_scaler(self.dtype, device)
+        self.engine = Engine(config, self.model, world, device, self.dtype)
         self.checkpoints = Checkpoints(Path(config.out_dir), world, config.keep_last_n)
 
         self.iteration = 0
@@ -114,14 +91,8 @@ class Trainer:
 
     def _build_model(self) -> Transformer:
         """Build on meta, shard, give storage once, initialise once, check."""
-        try:
-            with torch.device("meta"):
-                model = Transformer(self.model_config)
-        except ValueError as error:  # a backend that is not there
-            raise InputError(f"--model.{error}") from None
-        model.set_checkpointing(self.config.checkpointing, self.config.checkpoint_every)
-        if parallel.start(self.world, self.device, self.dtype):
-            parallel.shard(model, self.world, self.device, self.dtype)
+        sharded = parallel.start(self.world, self.device, self.dtype)
+        model = build_model(self.config, self.model_config, self.world, self.device, self.dtype, sharded=sharded)
         model.to_empty(device=self.device)
         model.init_weights(self.config.seed)
         parallel.check_initialisation(model)
@@ -135,52 +106,17 @@ class Trainer:
 
     # One iteration
 
-    def _losses(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean cross-entropy of a micro-batch; balance, with the expert counts of all ranks, and z-loss `(layers)`."""
-        counts = all_sum(out.stats.expert_counts.clone(), self.world)
-        balance = balance_loss(out.stats, self.model_config.top_k, counts)
-        z = z_loss(out.stats, self.model_config.top_k)
-        return out.loss / (self.config.batch_size * self.config.block_size), balance, z
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.config.grad_accum_steps):
+            batch = self.loader.next_batch()
+            self.seconds["data_wait"] += self.loader.wait_seconds
+            yield batch
 
     def train_step(self) -> Step:
-        """One optimizer step. All ranks apply it or, when a gradient is not finite, none does.
-
-        With `optimizer_in_backward` that holds for each parameter and not for all together.
-        """
-        config = self.config
-        parts: list[tuple[Tensor, ...]] = []
-        set_learning_rate(self.optimizer, config.learning_rate(self.iteration))
-        for _ in range(config.grad_accum_steps):
-            inputs, targets = self.loader.next_batch()
-            self.seconds["data_wait"] += self.loader.wait_seconds
-            mean, balance, z = self._losses(self.model(inputs, targets))
-            total = mean + self.aux_coef * balance.sum()
-            if config.router_z_coef:
-                total = total + config.router_z_coef * z.sum()
-            self.scaler.scale(total / config.grad_accum_steps).backward()
-            parts.append((mean.detach(), balance.detach(), z.detach()))
-        loss, balance, z = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
-        grad_norm, applied = self._update()
+        """The next iteration."""
+        step = self.engine.step(self._batches(), self.config.learning_rate(self.iteration))
         self.iteration += 1
-        return Step(loss, balance, z, grad_norm, applied)
-
-    def _update(self) -> tuple[float, bool]:
-        """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
-        if self.in_backward:  # done
-            grad_norm = self.in_backward.finish()
-            return grad_norm, math.isfinite(grad_norm)
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        grad_norm = float(parallel.whole(norm))  # global: every rank sees the same number and decides alike
-        applied = math.isfinite(grad_norm)
-        if applied:
-            if self.config.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm, applied
+        return step
 
     # Beside the steps
 
@@ -247,7 +183,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.engine.scaler.state_dict(),
             "tokens_per_iteration": self.tokens_per_iteration,
             "ranks": self.world.size,
             "tokenizer": self.train_data.meta.tokenizer,
@@ -255,7 +191,7 @@ class Trainer:
             "arguments": dataclasses.asdict(self.config) | {"fresh": False},
         }
         with self._timed("save"):
-            path = self.checkpoints.save(self.model, self.optimizer, state, self.device, is_best=is_best)
+            path = self.checkpoints.save(self.model, self.engine.optimizer, state, self.device, is_best=is_best)
         self.log.note(f"iter {self.iteration}/{self.config.max_iters} | checkpoint {path}")
 
     def resume(self, path: Path) -> None:
@@ -277,13 +213,13 @@ class Trainer:
                 f"{known['ranks']} processes, this start has {self.world.size}; their blocks cannot be cut anew"
             )
         self.loader.load_state_dict(known["loader"])
-        state = self.checkpoints.load(path, self.model, self.optimizer, self.device)
+        state = self.checkpoints.load(path, self.model, self.engine.optimizer, self.device)
         self.iteration = state["iteration"]
         self.val_loss, self.best_val_loss = (
             math.inf if state[name] is None else state[name] for name in ("val_loss", "best_val_loss")
         )
         if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            self.engine.scaler.load_state_dict(state["scaler"])
 
     # Logging
 
@@ -296,7 +232,7 @@ class Trainer:
             "loss": float(means[0]),
             "lr": self.config.learning_rate(self.iteration - 1),
             "grad_norm": step.grad_norm,
-            "router_aux": self.aux_coef * (float(balance.mean()) - 1),
+            "router_aux": self.engine.aux_coef * (float(balance.mean()) - 1),
             "tokens": self.iteration * self.tokens_per_iteration,
         }
         if self.config.log_router_stats:
@@ -336,7 +272,7 @@ class Trainer:
             return
         state = self.loader.state_dict()
         skipped, kept = "the update is", "those before them"
-        if self.in_backward:
+        if self.engine.in_backward:
             skipped = "the update of every parameter whose gradient is not finite is"
             kept = "updated where gradients were finite"
         self.log.warn(

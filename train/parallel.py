@@ -53,9 +53,14 @@ class World:
             raise InputError(f"torchrun's variables: expected three numbers, got {given}") from None
 
 
+def is_sharded(world: World, dtype: torch.dtype) -> bool:
+    """Whether a model in training is wrapped with FSDP2."""
+    return world.size > 1 or dtype != torch.float32
+
+
 def start(world: World, device: torch.device, dtype: torch.dtype) -> bool:
     """Join the process group where there is to be one; True if the model will be sharded with FSDP2."""
-    if world.size == 1 and dtype == torch.float32:
+    if not is_sharded(world, dtype):
         return False
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -88,7 +88,7 @@ def test_every_mode_gives_the_same_bits(backend, changes):
         assert [again[mode]["aten::addmm"] for mode in MODES] == [0, 3 * layers, 0]
     else:
         assert again["selective"]["aten::mm"] == again["none"]["aten::mm"] < again["block"]["aten::mm"]
-    norm = "aten::_fused_rms_norm" if again["block"]["aten::_fused_rms_norm"] else "aten::rsqrt"
+    norm = "aten::rsqrt_"
     assert again["none"][norm] < again["selective"][norm] <= again["block"][norm]
 
 
@@ -300,7 +300,7 @@ def test_what_is_kept_is_what_the_page_lists(backend):
         assert kept("small", layer, "block", 2, 512, backend) == 2 * c.d_model
         # 2 bytes, not per token, stand for the experts' output.
         assert kept("small", layer, "selective", 2, 512, backend) == selective + 2 / 1024
-        assert kept("small", layer, "none", 2, 512, backend) > 1.7 * selective
+        assert kept("small", layer, "none", 2, 512, backend) > 1.5 * selective
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["no backward", "backward"])

@@ -27,7 +27,7 @@ def state(config, iteration):
     trainer = Trainer(config, World(0, 1, 0), torch.device("cpu"))
     trainer.resume(Path(config.out_dir) / f"ckpt/step_{iteration:08d}")
     trainer.loader.close()
-    moments = [value for slot in trainer.optimizer.state.values() for value in slot.values()]
+    moments = [value for slot in trainer.engine.optimizer.state.values() for value in slot.values()]
     values = [getattr(value, "_local_tensor", value).clone() for value in [*trainer.model.parameters(), *moments]]
     stop()
     return values

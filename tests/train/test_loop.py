@@ -23,6 +23,7 @@ from moe_engine.train.errors import InputError
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog, deterministic, read_metrics
 from moe_engine.train.parallel import World, check_initialisation
+from moe_engine.train.step import Engine
 
 ONE = World(0, 1, 0)
 CPU = torch.device("cpu")
@@ -193,13 +194,18 @@ def test_a_folder_of_something_else_is_left_alone(small_run, tmp_path):
 
 def spoil(monkeypatch, iterations):
     """Make the gradient of these iterations not finite."""
-    losses = Trainer._losses
+    losses, train_step, now = Engine._losses, Trainer.train_step, []
 
     def spoiled(self, out):
         mean, balance, z = losses(self, out)
-        return mean * (math.nan if self.iteration in iterations else 1.0), balance, z
+        return mean * (math.nan if now[-1] in iterations else 1.0), balance, z
 
-    monkeypatch.setattr(Trainer, "_losses", spoiled)
+    def noted(self):
+        now.append(self.iteration)
+        return train_step(self)
+
+    monkeypatch.setattr(Engine, "_losses", spoiled)
+    monkeypatch.setattr(Trainer, "train_step", noted)
 
 
 def test_an_iteration_without_a_finite_gradient_changes_nothing(small_run, monkeypatch):
@@ -208,11 +214,11 @@ def test_an_iteration_without_a_finite_gradient_changes_nothing(small_run, monke
     spoil(monkeypatch, {1})
     trainer.train_step()
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    moments = {k: v.clone() for p in trainer.model.parameters() for k, v in trainer.optimizer.state[p].items()}
+    moments = {k: v.clone() for p in trainer.model.parameters() for k, v in trainer.engine.optimizer.state[p].items()}
     step = trainer.train_step()
     assert not step.applied and math.isnan(step.grad_norm)
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
-    after = {k: v for p in trainer.model.parameters() for k, v in trainer.optimizer.state[p].items()}
+    after = {k: v for p in trainer.model.parameters() for k, v in trainer.engine.optimizer.state[p].items()}
     assert all(torch.equal(after[k], v) for k, v in moments.items())
     step = trainer.train_step()
     assert step.applied and not torch.equal(trainer.model.head.weight, before["head.weight"])
@@ -232,7 +238,7 @@ def test_bad_iterations_are_reported_and_too_many_stop_the_run(small_run, monkey
 def test_loss_scaling_skips_an_overflow_and_lowers_its_scale(small_run):
     """What fp16 on a GPU does, with a scaler on the CPU."""
     trainer = Trainer(small_run(), ONE, CPU)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.engine.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     weight = trainer.model.head.weight
     before = weight.detach().clone()
     trainer.train_step()
@@ -241,7 +247,7 @@ def test_loss_scaling_skips_an_overflow_and_lowers_its_scale(small_run):
     hook = weight.register_hook(lambda grad: grad * math.inf)
     step = trainer.train_step()
     hook.remove()
-    assert not step.applied and torch.equal(weight, before) and trainer.scaler.get_scale() == 512.0
+    assert not step.applied and torch.equal(weight, before) and trainer.engine.scaler.get_scale() == 512.0
     trainer.loader.close()
 
 
@@ -249,7 +255,7 @@ def test_gradients_are_clipped_by_their_global_norm(small_run, monkeypatch):
     seen = []
     trainer = Trainer(small_run(grad_clip=0.05), ONE, CPU)
     monkeypatch.setattr(
-        trainer.optimizer,
+        trainer.engine.optimizer,
         "step",
         lambda: seen.append(torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])),
     )
@@ -260,8 +266,8 @@ def test_gradients_are_clipped_by_their_global_norm(small_run, monkeypatch):
 
 def test_only_matrices_decay(small_run):
     trainer = Trainer(small_run(), ONE, CPU)
-    decaying, others = ({id(p) for p in group["params"]} for group in trainer.optimizer.param_groups)
-    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
+    decaying, others = ({id(p) for p in group["params"]} for group in trainer.engine.optimizer.param_groups)
+    assert [group["weight_decay"] for group in trainer.engine.optimizer.param_groups] == [0.1, 0.0]
     for name, p in trainer.model.named_parameters():
         vector = any(part in name for part in ("norm", "bias", "b_up", "b_down", "sinks"))
         assert id(p) in (others if vector else decaying), name

@@ -61,7 +61,7 @@ def copies(trainer):
 
 
 def state_of(trainer, name):
-    return trainer.optimizer.state[trainer.model.get_parameter(name)]
+    return trainer.engine.optimizer.state[trainer.model.get_parameter(name)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,134 @@
+"""One iteration of training: model, losses, gradients, update.
+
+An iteration is one optimizer step over `batch_size · grad_accum_steps` sequences a rank. Its loss is
+
+    Σ nats / tokens + router_aux_coef · Σ_layers balance + router_z_coef · Σ_layers z_loss
+
+balance uses the expert counts of all ranks (global-batch balance), so that the number of ranks does not change the
+loss of a global batch.
+
+`Trainer` runs it on data, `memory` on tensors that have shapes only: nothing here knows which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_engine.config import ModelConfig
+from moe_engine.model import ModelOutput, Transformer
+from moe_engine.router import balance_loss, z_loss
+from moe_engine.train import parallel
+from moe_engine.train.config import TrainConfig
+from moe_engine.train.errors import InputError
+from moe_engine.train.optim import StepInBackward, make_optimizer, make_scaler, set_learning_rate
+from moe_engine.train.parallel import World, all_sum
+
+
+@dataclass
+class Step:
+    """What one iteration did. Tensors stay on the device; loss and router values are this rank's."""
+
+    loss: Tensor  # nats per token
+    balance: Tensor  # (layers)
+    z: Tensor  # (layers)
+    grad_norm: float
+    applied: bool
+
+
+def build_model(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sharded: bool,
+) -> Transformer:
+    """The model on the meta device, wrapped with FSDP2 if `sharded`; it has no storage yet.
+
+    Raises:
+        InputError: the backend asked for is not there.
+    """
+    try:
+        with torch.device("meta"):
+            model = Transformer(model_config)
+    except ValueError as error:
+        raise InputError(f"--model.{error}") from None
+    model.set_checkpointing(config.checkpointing, config.checkpoint_every)
+    if sharded:
+        parallel.shard(model, world, device, dtype)
+    return model
+
+
+class Engine:
+    """A model in training.
+
+    Args:
+        config: what to train.
+        model: with storage; sharded or not.
+        world: this process among the others.
+        device, dtype: of the computation.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: Transformer, world: World, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config, self.model, self.world = config, model, world
+        self.top_k = model.config.top_k
+        self.aux_coef = config.aux_coef(model.config.num_experts)
+        self.optimizer = make_optimizer(model, config)
+        in_backward = config.optimizer_in_backward
+        self.in_backward = StepInBackward(model, self.optimizer, config.grad_clip) if in_backward else None
+        self.scaler = make_scaler(dtype, device)
+
+    def _losses(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean cross-entropy of a micro-batch; balance, with the expert counts of all ranks, and z-loss `(layers)`."""
+        counts = all_sum(out.stats.expert_counts.clone(), self.world)
+        balance = balance_loss(out.stats, self.top_k, counts)
+        z = z_loss(out.stats, self.top_k)
+        return out.loss / (self.config.batch_size * self.config.block_size), balance, z
+
+    def step(self, batches: Iterable[tuple[Tensor, Tensor]], learning_rate: float) -> Step:
+        """One optimizer step. All ranks apply it or, when a gradient is not finite, none does.
+
+        With `optimizer_in_backward` that holds for each parameter and not for all together.
+
+        Args:
+            batches: grad_accum_steps pairs of inputs and targets, `(batch_size, block_size)` int64.
+            learning_rate: of this step.
+        """
+        config = self.config
+        parts: list[tuple[Tensor, ...]] = []
+        set_learning_rate(self.optimizer, learning_rate)
+        for inputs, targets in batches:
+            mean, balance, z = self._losses(self.model(inputs, targets))
+            total = mean + self.aux_coef * balance.sum()
+            if config.router_z_coef:
+                total = total + config.router_z_coef * z.sum()
+            self.scaler.scale(total / config.grad_accum_steps).backward()
+            parts.append((mean.detach(), balance.detach(), z.detach()))
+        loss, balance, z = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
+        return Step(loss, balance, z, *self._update())
+
+    def _update(self) -> tuple[float, bool]:
+        """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
+        if self.in_backward:  # done
+            grad_norm = self.in_backward.finish()
+            return grad_norm, math.isfinite(grad_norm)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        grad_norm = float(parallel.whole(norm))  # global: every rank sees the same number and decides alike
+        applied = math.isfinite(grad_norm)
+        if applied:
+            if self.config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm, applied
