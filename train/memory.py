@@ -37,6 +37,7 @@ from moe_engine.memory import (
 )
 from moe_engine.train import parallel
 from moe_engine.train.config import TrainConfig
+from moe_engine.train.device import DTYPES
 from moe_engine.train.parallel import World
 from moe_engine.train.step import Engine, build_model
 
@@ -77,12 +78,36 @@ class Estimate:
         return f"{self.reserved / 1e9:.1f} GB per device ({parts}; {SLACK - 1:.0%} for fragments)"
 
 
+@dataclass(frozen=True)
+class Run:
+    """What is estimated: a run on so many devices.
+
+    Attributes:
+        dtype: of the computation.
+        on_gpu: the Triton kernels' path, else the CPU's. Attention is counted as on a CPU in both: FlexAttention keeps
+            the same tensors.
+    """
+
+    config: TrainConfig
+    model: ModelConfig
+    ranks: int
+    dtype: torch.dtype
+    on_gpu: bool
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Of the weights that the optimizer updates."""
+        return DTYPES[self.config.param_dtype]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 holds the model."""
+        return parallel.is_sharded(self.ranks, self.dtype, self.param_dtype)
+
+
 @contextmanager
-def _ranks(count: int, needed: bool) -> Iterator[None]:
-    """A process group of `count` ranks of which this is the first and the others are imagined."""
-    if not needed:
-        yield
-        return
+def _imagined(count: int) -> Iterator[None]:
+    """A process group of `count` ranks of which this is the first and the others are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     hook = sys.excepthook  # PyTorch puts one of its own there, again with every group
@@ -94,30 +119,23 @@ def _ranks(count: int, needed: bool) -> Iterator[None]:
         sys.excepthook = hook
 
 
-def estimate(config: TrainConfig, model: ModelConfig, ranks: int, dtype: torch.dtype, *, on_gpu: bool) -> Estimate:
+def estimate(run: Run) -> Estimate:
     """Peak memory of one rank, from two iterations without data. Takes seconds; needs no GPU.
 
-    Args:
-        config: the run.
-        model: its model.
-        ranks: devices.
-        dtype: of the computation.
-        on_gpu: count the Triton kernels' path, else the CPU's. Attention is counted as on a CPU in both: FlexAttention
-            keeps the same tensors.
     Raises:
         RuntimeError: a process group is there already.
     """
     if dist.is_initialized():
         raise RuntimeError("memory.estimate: expected no process group, it makes one of imagined ranks")
-    model = replace(model, backend="triton" if on_gpu else "torch")
-    config = replace(config, grad_accum_steps=min(config.grad_accum_steps, 2))  # from the second on all are alike
-    world, footprint = World(0, ranks, 0), Footprint()
-    sharded = parallel.is_sharded(world, dtype)
-    with _ranks(ranks, sharded), no_launches(_ARCH) if on_gpu else nullcontext():
-        transformer = build_model(config, model, world, _CPU, dtype, sharded=sharded)
+    model = replace(run.model, backend="triton" if run.on_gpu else "torch")
+    # From the second micro-step on all are alike.
+    config = replace(run.config, grad_accum_steps=min(run.config.grad_accum_steps, 2))
+    world, footprint = World(0, run.ranks, 0), Footprint()
+    with _imagined(run.ranks) if run.sharded else nullcontext(), no_launches(_ARCH) if run.on_gpu else nullcontext():
+        transformer = build_model(config, model, world, _CPU, run.dtype, sharded=run.sharded)
         with measuring(footprint):
             transformer.to_empty(device=_CPU)
-            engine = Engine(config, transformer, world, _CPU, dtype)
+            engine = Engine(config, transformer, world, _CPU, run.dtype)
             _watch(engine, footprint)
             for _ in range(2):
                 engine.step(_batches(config), config.lr)
@@ -149,3 +167,47 @@ def _batches(config: TrainConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]
     for _ in range(config.grad_accum_steps):
         tokens = torch.zeros(config.batch_size, config.block_size + 1, dtype=torch.int64)
         yield tokens[:, :-1], tokens[:, 1:]
+
+
+def fits(run: Run, batch_size: int, capacity: float) -> bool:
+    """Whether a batch_size does, in `capacity` bytes of a device."""
+    return estimate(replace(run, config=replace(run.config, batch_size=batch_size))).reserved <= capacity
+
+
+def largest_batch(run: Run, capacity: float) -> int:
+    """The largest batch_size that fits into `capacity` bytes of a device; 0 if not even 1 does.
+
+    By bisection over estimates: memory grows with the batch, but not in proportion.
+    """
+    fitting, too_large = 0, 1
+    while fits(run, too_large, capacity):
+        fitting, too_large = too_large, 2 * too_large
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        fitting, too_large = (middle, too_large) if fits(run, middle, capacity) else (fitting, middle)
+    return fitting
+
+
+def next_setting(config: TrainConfig) -> str:
+    """What to change first when a run does not fit, as flags: what costs least comes first."""
+    if config.reshard_after_forward != "always":
+        return "--reshard_after_forward always"
+    if config.checkpointing != "none" and config.checkpoint_every > 1:
+        return "--checkpoint_every 1"
+    if config.checkpointing == "none":
+        return "--checkpointing selective"
+    if config.checkpointing == "selective":
+        return "--checkpointing block"
+    if config.batch_size % 2 == 0 and not config.optimizer_in_backward:
+        return f"--batch_size {config.batch_size // 2} --grad_accum_steps {2 * config.grad_accum_steps}"
+    if config.dp_replicate > 1:
+        return f"--dp_replicate {config.dp_replicate // 2 or 1}"
+    if config.optimizer == "adamw":
+        return "--optimizer adamw8bit, in a new run"
+    if config.param_dtype == "float32" and config.dtype == "bfloat16":
+        return "--param_dtype bfloat16, in a new run"
+    if not config.optimizer_in_backward and config.grad_accum_steps == 1:
+        return "--optimizer_in_backward"
+    if config.batch_size > 1:
+        return f"--batch_size {config.batch_size // 2}, in a new run"
+    return "more devices, a shorter --block_size or a smaller --preset"

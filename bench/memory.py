@@ -1,0 +1,163 @@
+"""Memory of a training step: peak bytes per device by kind, counted without a device, and what fits on a card.
+
+Without options: the configurations of `configs/` that the guide promises, against its table. With options of `moe-train`
+(or --config): that run. GB are 10⁹ bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_engine.bench.shapes import versions
+from moe_engine.bench.runner import append_rows
+from moe_engine.memory import KINDS
+from moe_engine.train import config as settings
+from moe_engine.train import memory
+from moe_engine.train.cli import guarded, parse
+from moe_engine.train.config import TrainConfig
+from moe_engine.train.device import DTYPES
+from moe_engine.train.errors import InputError
+from moe_engine.train.options import option
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Flags(TrainConfig):
+    """`TrainConfig`, and what it is to run on."""
+
+    config: str | None = option(None, "TOML file with options of moe-train")
+    ranks: int = option(1, "devices")
+    memory_gb: float | None = option(None, "memory of one device in GB: prints the largest batch_size that fits")
+    output: str = option("", "JSONL file to add the result to")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the guide's table of memory requirements, GB per device.
+
+    Attributes:
+        file: in `configs/`.
+        guide: what the guide says; required: what has to be kept; aim: what would be good.
+    """
+
+    file: str
+    card: str
+    ranks: int
+    guide: float
+    required: float
+    aim: float
+
+
+GUIDE = (
+    Row("8b_1x40gb.toml", "A100 40 GB", 1, 35, 37.5, 35),
+    Row("8b_1x80gb.toml", "A100 80 GB", 1, 70, 70, 60),
+    Row("8b_8x40gb.toml", "A100 40 GB", 8, 32, 32, 26),
+    Row("8b_8x80gb.toml", "A100 80 GB", 8, 60, 60, 38),
+)
+
+
+def _run(config: TrainConfig, ranks: int) -> tuple[memory.Run, memory.Estimate]:
+    """What is to run, and its estimate."""
+    on_gpu = config.device != "cpu"
+    dtype = DTYPES[config.dtype or ("bfloat16" if on_gpu else "float32")]
+    run = memory.Run(config, config.model_config(1), ranks, dtype, on_gpu)
+    return run, memory.estimate(run)
+
+
+def _line(run: memory.Run, found: memory.Estimate) -> str:
+    formula = memory.formula(run)
+    parts = "  ".join(f"{kind} {found.parts[kind] / 1e9:.2f}" for kind in KINDS)
+    return (
+        f"  {parts}\n"
+        f"  total {found.total / 1e9:.2f}, with {memory.SLACK - 1:.0%} for fragments {found.reserved / 1e9:.2f}; "
+        f"peak at {found.at}; formula {formula / 1e9:.2f} ({formula / found.total - 1:+.1%})"
+    )
+
+
+def _result(run: memory.Run, found: memory.Estimate, **values: Any) -> dict[str, Any]:
+    config = run.config
+    return {
+        "benchmark": "memory",
+        **values,
+        **{name: getattr(config, name) for name in ("preset", "batch_size", "block_size", "grad_accum_steps")},
+        **{name: getattr(config, name) for name in ("optimizer", "optimizer_in_backward", "param_dtype")},
+        **{name: getattr(config, name) for name in ("checkpointing", "checkpoint_every", "dp_replicate")},
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "ranks": run.ranks,
+        "bytes": found.parts,
+        "total": found.total,
+        "reserved": found.reserved,
+        "formula": memory.formula(run),
+        "device": "none, fake tensors",
+        "versions": versions(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def guide_table(output: str) -> int:
+    """Estimate the guide's rows; 1 if one takes more than it may."""
+    if not CONFIGS.is_dir():
+        raise InputError(f"{CONFIGS}: expected the folder of configurations, which only a source tree has")
+    rows, broken = [], 0
+    for row in GUIDE:
+        table = settings.read_toml(CONFIGS / row.file)
+        run, found = _run(settings.resolve({}, {"data_dir": "", **table}), row.ranks)
+        reserved = found.reserved / 1e9
+        verdict = "within the aim" if reserved <= row.aim else "PASS" if reserved <= row.required else "FAIL"
+        broken += verdict == "FAIL"
+        print(
+            f"{row.ranks} × {row.card}, {run.config.batch_size} × {run.config.block_size} ({row.file}): "
+            f"{reserved:.1f} GB; guide ~{row.guide:g}, required ≤ {row.required:g}, aim ≤ {row.aim:g}: {verdict}\n"
+            f"{_line(run, found)}",
+            flush=True,
+        )
+        rows.append(_result(run, found, name=row.file, card=row.card, required=row.required, verdict=verdict))
+    if output:
+        append_rows(Path(output), rows)
+    return 1 if broken else 0
+
+
+def one_run(config: TrainConfig, ranks: int, memory_gb: float | None, output: str) -> int:
+    """Estimate one configuration; 1 if not even batch_size 1 fits the memory that was given."""
+    run, found = _run(config, ranks)
+    print(
+        f"{config.preset}, {config.batch_size} × {config.block_size} tokens, "
+        f"{str(run.dtype).removeprefix('torch.')}, {ranks} device{'s' * (ranks > 1)}: {found.reserved / 1e9:.1f} GB "
+        f"per device\n{_line(run, found)}",
+        flush=True,
+    )
+    largest = None
+    if memory_gb is not None:
+        largest = memory.largest_batch(run, memory_gb * 1e9)
+        print(f"largest batch_size in {memory_gb:g} GB: {largest}" if largest else f"no batch fits {memory_gb:g} GB")
+    if output:
+        append_rows(Path(output), [_result(run, found, memory_gb=memory_gb, largest_batch=largest)])
+    return 1 if largest == 0 else 0
+
+
+def _body(argv: Sequence[str] | None) -> int:
+    given = parse("moe-bench memory", Flags, argv, __doc__ or "")
+    output = given.pop("output", "")
+    if not given:
+        return guide_table(output)
+    file, ranks, memory_gb = given.pop("config", None), given.pop("ranks", 1), given.pop("memory_gb", None)
+    for name, value in (("ranks", ranks), ("memory_gb", memory_gb)):
+        if value is not None and value <= 0:
+            raise InputError(f"--{name}: expected more than 0, got {value}")
+    config = settings.resolve(given, {"data_dir": "", **(settings.read_toml(file) if file else {})})
+    return one_run(config, ranks, memory_gb, output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return guarded(lambda: _body(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
