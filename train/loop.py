@@ -3,10 +3,11 @@
 An iteration is one optimizer step over `batch_size · grad_accum_steps` sequences a rank. Its loss is
 
     Σ nats / tokens + router_aux_coef · Σ_layers balance + router_z_coef · Σ_layers z_loss
+                    + logit_z_coef · Σ logsumexp(logits)² / tokens
 
 balance uses the expert counts of all ranks (global-batch balance), so that the number of ranks does not change the
 loss of a global batch. `router_aux` in the logs is coef · (mean over layers of balance − 1): 0 when experts are used
-equally.
+equally. Where biases balance the experts, coef is there what `auto` would be without them, so that it still tells.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from moe_engine.model import ModelOutput, Transformer
 from moe_engine.router import balance_loss, z_loss
 from moe_engine.train import parallel
 from moe_engine.train.checkpoint import Checkpoints
-from moe_engine.train.config import TrainConfig
+from moe_engine.train.config import TrainConfig, auto_aux_coef
 from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
-from moe_engine.train.device import memory_total, memory_used, peak_flops, pick_dtype
+from moe_engine.train.device import DTYPES, memory_total, memory_used, peak_flops, pick_dtype
 from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.optim import StepInBackward, make_optimizer, make_scaler, set_learning_rate
@@ -48,7 +49,7 @@ MAX_BAD_STEPS = 10  # iterations in a row without a finite gradient before a run
 class Step:
     """What one iteration did. Tensors stay on the device; loss and router values are this rank's until `log`."""
 
-    loss: Tensor  # nats per token
+    loss: Tensor  # nats per token, with the z-loss of the logits if there is one
     balance: Tensor  # (layers)
     z: Tensor  # (layers)
     grad_norm: float
@@ -68,14 +69,21 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
+        parallel.check_sharding(world, device, config.dp_replicate, config.cpu_offload)
         self.dtype, self.dtype_note = pick_dtype(config.dtype, device)
+        self.param_dtype = DTYPES[config.param_dtype]
+        if self.param_dtype not in (torch.float32, self.dtype):
+            raise InputError(
+                f"--param_dtype {config.param_dtype}: expected --dtype {config.param_dtype}, got none, which on "
+                f"--device {device.type} is {str(self.dtype).removeprefix('torch.')}"
+            )
         self.train_data = TokenDataset.open(config.data_dir, "train", config.block_size)
         val_data = TokenDataset.open(config.data_dir, "val", config.block_size)
         meta = self.train_data.meta
         check_spec(meta.tokenizer)
         self.tokenizer = load_tokenizer(meta.tokenizer) if config.sample_every else None  # training needs no ranks
         self.model_config = config.model_config(meta.vocab_size)
-        self.aux_coef = config.aux_coef(self.model_config.num_experts)
+        self.aux_coef = config.aux_coef(self.model_config.num_experts, self.model_config.router_balance)
         self._check_memory()
 
         placement = {"rank": world.rank, "world_size": world.size, "device": device}
@@ -92,6 +100,7 @@ class Trainer:
         self.iteration = 0
         self.val_loss = self.best_val_loss = math.inf
         self.bad_steps = 0
+        self.expert_counts: Tensor | int = 0  # (layers, E), over all ranks and the micro-steps of the present step
         self.stop_signal: int | None = None
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
         self.signs = WarningSigns()
@@ -99,16 +108,22 @@ class Trainer:
     # Building
 
     def _check_memory(self) -> None:
-        """Refuse what cannot fit: weights, gradients and optimizer, 16 bytes a parameter with AdamW, no activations."""
+        """Refuse what cannot fit: weights, gradients and optimizer, without activations.
+
+        A parameter takes 4 + 4 + 8 bytes with AdamW, 2 + 2 + 2 with bf16 weights and 8-bit moments.
+        """
         total = self.model_config.matrix_parameters()[0] + self.model_config.vocab_size * self.model_config.d_model
-        shared = self.world.size if self.device.type == "cuda" else 1
+        copies = self.config.dp_replicate
+        shared = (self.world.size if self.device.type == "cuda" else 1) / copies  # processes on a CPU share one memory
         moments = 2 if self.config.optimizer == "adamw8bit" else 8
-        each = 4 + (0 if self.config.optimizer_in_backward else 4) + moments
-        need, have = each * total / shared, memory_total(self.device)
+        each = self.param_dtype.itemsize * (1 if self.config.optimizer_in_backward else 2) + moments
+        kept_on = torch.device("cpu") if self.config.cpu_offload else self.device
+        need, have = each * total / shared, memory_total(kept_on)
         if need > have:
             raise InputError(
                 f"--preset {self.config.preset}: weights, gradients and optimizer of {total / 1e9:.2f} B parameters "
-                f"take {need / 1e9:.0f} GB per device, this one has {have / 1e9:.0f} GB; "
+                f"take {need / 1e9:.0f} GB per device, this {'host' if self.config.cpu_offload else 'one'} has "
+                f"{have / 1e9:.0f} GB; "
                 "take a smaller preset (--preset tiny trains anywhere) or more devices"
             )
 
@@ -120,9 +135,22 @@ class Trainer:
         except ValueError as error:  # a backend that is not there
             raise InputError(f"--model.{error}") from None
         model.set_checkpointing(self.config.checkpointing, self.config.checkpoint_every)
-        if parallel.start(self.world, self.device, self.dtype):
-            parallel.shard(model, self.world, self.device, self.dtype)
-        model.to_empty(device=self.device)
+        offload = self.config.cpu_offload
+        parallel.cast_weights(model, self.param_dtype)
+        if parallel.start(self.world, self.device, self.dtype, offload, self.param_dtype):
+            parallel.shard(
+                model,
+                self.world,
+                self.device,
+                self.dtype,
+                replicas=self.config.dp_replicate,
+                reshard_after_forward=self.config.reshard_after_forward == "always",
+                cpu_offload=offload,
+            )
+        model.to_empty(device="cpu" if offload else self.device)
+        for router in (block.moe.router for block in model.blocks):
+            if router.select_bias is not None:  # FSDP2 brings what it offloads to the device, but only parameters
+                router.select_bias = router.select_bias.to(self.device)
         model.init_weights(self.config.seed)
         parallel.check_initialisation(model)
         return model
@@ -138,6 +166,8 @@ class Trainer:
     def _losses(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Mean cross-entropy of a micro-batch; balance, with the expert counts of all ranks, and z-loss `(layers)`."""
         counts = all_sum(out.stats.expert_counts.clone(), self.world)
+        if self.model_config.router_balance == "bias":
+            self.expert_counts = self.expert_counts + counts
         balance = balance_loss(out.stats, self.model_config.top_k, counts)
         z = z_loss(out.stats, self.model_config.top_k)
         return out.loss / (self.config.batch_size * self.config.block_size), balance, z
@@ -149,11 +179,14 @@ class Trainer:
         """
         config = self.config
         parts: list[tuple[Tensor, ...]] = []
+        self.expert_counts = 0
         set_learning_rate(self.optimizer, config.learning_rate(self.iteration))
-        for _ in range(config.grad_accum_steps):
+        for micro_step in range(config.grad_accum_steps):
             inputs, targets = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
-            mean, balance, z = self._losses(self.model(inputs, targets))
+            mean, balance, z = self._losses(
+                self.model(inputs, targets, z_coef=config.logit_z_coef, jitter=self._jitter(micro_step))
+            )
             total = mean + self.aux_coef * balance.sum()
             if config.router_z_coef:
                 total = total + config.router_z_coef * z.sum()
@@ -161,8 +194,17 @@ class Trainer:
             parts.append((mean.detach(), balance.detach(), z.detach()))
         loss, balance, z = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
         grad_norm, applied = self._update()
+        if applied and self.model_config.router_balance == "bias":
+            self.model.update_select_bias(self.expert_counts, config.router_bias_rate)
         self.iteration += 1
         return Step(loss, balance, z, grad_norm, applied)
+
+    def _jitter(self, micro_step: int) -> tuple[int, int] | None:
+        """What the model draws the routers' noise from: a sequence has the same on any rank, in any micro-step."""
+        if not self.model_config.router_jitter:
+            return None
+        batch, micro_steps = self.config.batch_size, self.iteration * self.config.grad_accum_steps + micro_step
+        return self.config.seed, (micro_steps * self.world.size + self.world.rank) * batch
 
     def _update(self) -> tuple[float, bool]:
         """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
@@ -171,7 +213,9 @@ class Trainer:
             return grad_norm, math.isfinite(grad_norm)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # As torch.nn.utils.get_total_norm, which would give a bf16 gradient's norm in bf16.
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         grad_norm = float(parallel.whole(norm))  # global: every rank sees the same number and decides alike
         applied = math.isfinite(grad_norm)
         if applied:
@@ -271,10 +315,12 @@ class Trainer:
                 f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
                 f"{known['tokens_per_iteration']} tokens per iteration, this start has {self.tokens_per_iteration}"
             )
-        if self.config.optimizer == "adamw8bit" and known["ranks"] != self.world.size:
+        had = known["ranks"] // known["arguments"].get("dp_replicate", 1)
+        have = self.world.size // self.config.dp_replicate
+        if self.config.optimizer == "adamw8bit" and had != have:
             raise InputError(
-                f"--optimizer adamw8bit: the run in {self.config.out_dir} has its moments in the parts of "
-                f"{known['ranks']} processes, this start has {self.world.size}; their blocks cannot be cut anew"
+                f"--optimizer adamw8bit: the run in {self.config.out_dir} has its moments in the parts of {had} "
+                f"processes, this start has {have}; their blocks cannot be cut anew (processes / --dp_replicate)"
             )
         self.loader.load_state_dict(known["loader"])
         state = self.checkpoints.load(path, self.model, self.optimizer, self.device)
@@ -290,13 +336,15 @@ class Trainer:
     def _reduce(self, step: Step) -> dict[str, Any]:
         """The deterministic values of a log line, over all ranks."""
         layers = step.balance.numel()
+        by_bias = self.model_config.router_balance == "bias"
+        aux_coef = auto_aux_coef(self.model_config.num_experts) if by_bias else self.aux_coef
         means = all_sum(torch.cat((step.loss.reshape(1), step.balance, step.z)).double(), self.world) / self.world.size
         balance = means[1 : 1 + layers]
         values = {
             "loss": float(means[0]),
             "lr": self.config.learning_rate(self.iteration - 1),
             "grad_norm": step.grad_norm,
-            "router_aux": self.aux_coef * (float(balance.mean()) - 1),
+            "router_aux": aux_coef * (float(balance.mean()) - 1),
             "tokens": self.iteration * self.tokens_per_iteration,
         }
         if self.config.log_router_stats:
