@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_engine.bench.machine_code import read, violations
-from moe_engine.bench.shapes import DTYPES, autotuning
+from moe_engine.bench.shapes import DTYPES
 from moe_engine.config import MoEConfig
 from moe_engine.presets import preset
 
@@ -97,14 +97,13 @@ def _run_layer(job: Job, recorder: Recorder) -> None:
     from moe_engine.kernels.aux_loss import aux_losses
 
     dtype = getattr(torch, DTYPES[job.dtype])
-    config = dataclasses.replace(preset(job.preset).moe, backend="triton", save=job.save)
+    config = dataclasses.replace(preset(job.preset).moe, backend="triton", save=job.save, autotune=job.candidates)
     with torch.device("meta"):
         layer = MoELayer(config).to(dtype)
     layer.to_empty(device="cpu")
     x = torch.empty(job.tokens, config.d_model, dtype=dtype, requires_grad=True)
-    with autotuning(job.candidates):
-        recorder.phase = "forward"
-        out, stats = layer(x)
+    recorder.phase = "forward"
+    out, stats = layer(x)
     recorder.phase = "loss"
     balance, z = aux_losses(stats.expert_counts, stats.prob_sum, stats.lse_sq, config.top_k)
     statistics = torch.autograd.grad([balance, z], [stats.prob_sum, stats.lse_sq], [balance, z])

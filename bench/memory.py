@@ -1,7 +1,7 @@
 """Memory of a training step: peak bytes per device by kind, counted without a device, and what fits on a card.
 
-Without options: the configurations of `configs/` that the guide promises, against its table. With options of `moe-train`
-(or --config): that run. GB are 10⁹ bytes.
+Without options: the configurations of `configs/` that the guide promises, against its table. With options of
+`moe-train` (or --config): that run. GB are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_engine.bench.shapes import versions
 from moe_engine.bench.runner import append_rows
+from moe_engine.bench.shapes import versions
 from moe_engine.memory import KINDS
 from moe_engine.train import config as settings
 from moe_engine.train import memory

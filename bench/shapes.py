@@ -5,10 +5,7 @@ T = tokens, D = d_model, F = d_ff, E = experts, K = top_k
 
 from __future__ import annotations
 
-import functools
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -49,16 +46,3 @@ def versions() -> dict[str, str]:
     """Versions of what decides a result, for its row."""
     packages = ("moe-engine", "torch", "triton")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-@contextmanager
-def autotuning(on: bool) -> Iterator[None]:
-    """Have layers of the Triton backend ask for tuning, for which they have no field."""
-    from moe_engine.kernels import expert_mlp as fused
-
-    original = fused.expert_mlp
-    fused.expert_mlp = functools.partial(original, autotune=on)
-    try:
-        yield
-    finally:
-        fused.expert_mlp = original

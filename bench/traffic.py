@@ -167,6 +167,8 @@ def _inputs(config: TrafficConfig) -> dict[str, Tensor]:
 class _Logits(nn.Module):
     """In the router's place: logits that are given."""
 
+    select_bias = None
+
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.logits = nn.Parameter(logits)

@@ -1,7 +1,7 @@
 """Gating with router statistics, in one pass over the logits.
 
     p = softmax(z)                               over a token's E logits
-    topk_idx     = the K largest logits          ties to the lower expert
+    topk_idx     = the K largest z (+ b)         ties to the lower expert; b: `select_bias`, (E)
     topk_weights = softmax(z[topk_idx])          softmax_over_topk   (gpt-oss, Mixtral)
                  = p[topk_idx]                   softmax_then_topk   (OLMoE)
     prob_sum = Σ_t p    lse_sq = Σ_t logsumexp(z_t)²    entropy = −Σ_t Σ_e p log p
@@ -14,6 +14,9 @@ With gw, gP and gl the gradients of topk_weights, prob_sum and lse_sq, and ĝw t
 
     softmax_over_topk   dz = p ⊙ (gP − Σ_e p·gP + 2·gl·lse) + scatter(w ⊙ (gw − Σ_k w·gw))
     softmax_then_topk   dz = p ⊙ (ĝ − Σ_e p·ĝ + 2·gl·lse),   ĝ = gP + ĝw
+
+The bias decides which experts are chosen and nothing else: weights, statistics and gradients are those of z (balancing
+without a loss: Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
 Saved: logits, topk_idx, topk_weights; p is computed again. Mathematics in fp32.
 
@@ -44,7 +47,7 @@ class Gating(NamedTuple):
     """What `gate` returns; int32 and fp32.
 
     Attributes:
-        topk_idx: `(T, K)`, chosen experts by falling logit.
+        topk_idx: `(T, K)`, chosen experts by falling logit, the bias added where there is one.
         topk_weights: `(T, K)`, their weights; differentiable.
         expert_counts: `(E)`, rows given to each expert; sums to T·K.
         prob_sum: `(E)`, Σ_t softmax(z_t); differentiable.
@@ -98,6 +101,7 @@ def _ordered_value(key):
 @triton.jit(do_not_specialize=["T"])
 def _gate_fwd_kernel(
     logits_ptr,  # (T, E)
+    select_bias_ptr,  # (E), or None
     topk_idx_ptr,  # (T, K)
     topk_weights_ptr,  # (T, K)
     counts_ptr,  # (B, E)
@@ -129,22 +133,32 @@ def _gate_fwd_kernel(
         z = tl.where(known[None, :], z, -float("inf"))
 
         # Keys of what is chosen, and of experts that do not exist, become the lowest: out of the next round.
-        key = tl.where(known[None, :], _order_key(z), -0x80000000)
+        selected_by = z
+        if select_bias_ptr is not None:
+            selected_by += tl.load(select_bias_ptr + experts, mask=known, other=0.0)[None, :]
+        key = tl.where(known[None, :], _order_key(selected_by), -0x80000000)
         idx = tl.zeros((TILE_T, K_POW2), tl.int32)
         value = tl.full((TILE_T, K_POW2), -float("inf"), tl.float32)
         for k in tl.static_range(TOP_K):
             best, expert = tl.max(key, axis=1, return_indices=True)  # of equal keys the lowest index
             key = tl.where(experts[None, :] == expert[:, None], -0x80000000, key)
             idx = tl.where(slots[None, :] == k, expert[:, None], idx)
-            value = tl.where(slots[None, :] == k, _ordered_value(best)[:, None], value)
+            logit = _ordered_value(best)
+            if select_bias_ptr is not None:
+                logit = tl.sum(tl.where(experts[None, :] == expert[:, None], z, 0.0), axis=1)
+            value = tl.where(slots[None, :] == k, logit[:, None], value)
             if k == 0:
-                top = _ordered_value(best)  # the row's maximum, or NaN: then all of this token becomes NaN
+                top = logit  # the row's maximum, or NaN: then all of this token becomes NaN
+        largest = top
+        if select_bias_ptr is not None:  # the largest logit need not be chosen
+            largest = tl.max(value, axis=1)
+            top = tl.max(z, axis=1)  # of a NaN the sums below make NaN
 
         exp = tl.exp(z - top[:, None])
         total = tl.sum(exp, axis=1)
         log_total = tl.log(total)
         prob = exp / total[:, None]
-        weight = tl.exp(value - top[:, None])
+        weight = tl.exp(value - (largest if RENORMALISE else top)[:, None])
         weight = weight / (tl.sum(weight, axis=1) if RENORMALISE else total)[:, None]
         at = tokens[:, None] * TOP_K + slots[None, :]
         chosen = here[:, None] & (slots < TOP_K)[None, :]
@@ -292,7 +306,7 @@ def _outputs(logits: Tensor, top_k: int) -> Gating:
 @torch.library.custom_op("moe_engine::gate", mutates_args=())
 @on_device_of_arguments
 def _gate_forward(
-    logits: Tensor, top_k: int, renormalise: bool
+    logits: Tensor, top_k: int, renormalise: bool, select_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_device("logits", logits)
     (tokens, experts), blocks = logits.shape, _blocks(logits)
@@ -304,6 +318,7 @@ def _gate_forward(
     if blocks:
         _gate_fwd_kernel[(blocks,)](
             logits,
+            select_bias,
             out.topk_idx,
             out.topk_weights,
             counts,
@@ -369,7 +384,7 @@ def _gate_backward(
 
 
 @_gate_forward.register_fake
-def _(logits, top_k, renormalise):
+def _(logits, top_k, renormalise, select_bias=None):
     return tuple(_outputs(logits, top_k))
 
 
@@ -379,29 +394,30 @@ def _(logits, topk_idx, topk_weights, grad_weights, grad_prob_sum, grad_lse_sq, 
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, _, ctx.renormalise = inputs
+    logits, _, ctx.renormalise, _ = inputs
     out = Gating(*output)
     ctx.save_for_backward(logits, out.topk_idx, out.topk_weights)
     ctx.mark_non_differentiable(out.topk_idx, out.expert_counts, out.entropy, out.expert_offsets, out.block_offsets)
     ctx.set_materialize_grads(False)  # a gradient that nobody asks for is not read
 
 
-def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
     grad = Gating(*grads)
     given = (g if g is None else g.contiguous() for g in (grad.topk_weights, grad.prob_sum, grad.lse_sq))
-    return _gate_backward(*ctx.saved_tensors, *given, ctx.renormalise), None, None
+    return _gate_backward(*ctx.saved_tensors, *given, ctx.renormalise), None, None, None
 
 
 _gate_forward.register_autograd(_autograd, setup_context=_save)
 
 
-def gate(logits: Tensor, top_k: int, mode: str) -> Gating:
+def gate(logits: Tensor, top_k: int, mode: str, select_bias: Tensor | None = None) -> Gating:
     """Softmax, top-k, weights and router statistics.
 
     Args:
         logits: `(T, E)`, contiguous, fp32, fp16 or bf16; E ≤ 256.
         top_k: experts per token, 1 … min(E, 8).
         mode: `softmax_over_topk` or `softmax_then_topk`.
+        select_bias: `(E)` fp32, finite, added to the logits to choose experts; it gets no gradient. None: no bias.
     Returns:
         See `Gating`. The gradient of logits has their dtype.
     Raises:
@@ -412,4 +428,6 @@ def gate(logits: Tensor, top_k: int, mode: str) -> Gating:
     check(1 <= experts <= MAX_EXPERTS, "logits", f"1 to {MAX_EXPERTS} experts", experts)
     check(1 <= top_k <= min(experts, MAX_TOP_K), "top_k", f"1 to {min(experts, MAX_TOP_K)}", top_k)
     check(mode in MODES, "mode", " or ".join(MODES), repr(mode))
-    return Gating(*_gate_forward(logits, top_k, mode == "softmax_over_topk"))
+    if select_bias is not None:
+        check_tensor("select_bias", select_bias, (experts,), torch.float32, logits)
+    return Gating(*_gate_forward(logits, top_k, mode == "softmax_over_topk", select_bias))

@@ -7,7 +7,8 @@ softmax with the extra column, and grad_sink = −Σ e^(sink − lse')·δ. So o
 without sinks, and no column is ever appended.
 
 Memory is linear in T: scores exist for a block of queries at a time, and a sliding layer only ever multiplies the
-keys that its window reaches.
+keys that its window reaches. GPUs use `moe_engine.flex` wherever it serves; CPUs, and GPUs where it does not, what is
+here.
 
 B = batch, T = tokens, Hq / Hkv = query / key-value heads, d = head_dim
 """
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_engine import flex
 from moe_engine.config import ModelConfig
 
 _QUERY_BLOCK = 512  # queries whose scores exist at once, where there is no fused kernel
@@ -96,11 +98,11 @@ def _hidden(queries: range, keys: range, window: int, device: torch.device) -> T
     return (distance < 0) | (distance >= window) if window else distance < 0
 
 
-def _blocks(length: int, window: int) -> list[tuple[range, range]]:
-    """Blocks of queries, with the keys that any of them sees."""
+def _blocks(length: int, window: int, first: int = 0) -> list[tuple[range, range]]:
+    """Blocks of the queries from `first` on, with the keys that any of them sees."""
     step = max(window, 128) if window else _QUERY_BLOCK
     blocks = []
-    for begin in range(0, length, step):
+    for begin in range(first, length, step):
         end = min(begin + step, length)
         blocks.append((range(begin, end), range(max(0, begin - window + 1) if window else 0, end)))
     return blocks
@@ -227,6 +229,11 @@ class _Attention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None
 
 
+def _through_flex(device_type: str, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether FlexAttention takes such inputs. PyTorch calls AMD's GPUs `cuda` too."""
+    return device_type == "cuda" and flex.serves(head_dim, dtype)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, window: int = 0) -> Tensor:
     """Causal attention.
 
@@ -239,6 +246,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, window:
     """
     if q.numel() == 0:  # no query: PyTorch's CPU kernel would divide by zero
         return q
+    if _through_flex(q.device.type, q.shape[-1], q.dtype):
+        return flex.attend(q, k, v, sinks, window)
     return _Attention.apply(q, k, v, sinks, window)
 
 
@@ -259,13 +268,24 @@ class KVCache:
 
 
 def _attend_cached(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int) -> Tensor:
-    """Attention of the last T of S positions over a cache: q `(B, Hq, T, d)`, k, v `(B, Hkv, S, d)`. No gradient."""
-    length = k.shape[2]
-    hidden = _hidden(range(length - q.shape[2], length), range(length), window, q.device)
-    out, lse = _Plain.forward(q, k, v, hidden, q.shape[-1] ** -0.5)
-    if sinks is not None:
-        out = out * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1).to(out.dtype)
-    return out
+    """Attention of the last T of S positions over a cache: q `(B, Hq, T, d)`, k, v `(B, Hkv, S, d)`. No gradient.
+
+    Not through FlexAttention, which would compile for a prompt: that takes longer than the prompt does.
+    """
+    length, first = k.shape[2], k.shape[2] - q.shape[2]
+    if q.numel() == 0:
+        return q
+    if first == 0:
+        return _Attention.apply(q, k, v, sinks, window)
+    outs = []
+    for queries, keys in _blocks(length, window, first):
+        hidden = _hidden(queries, keys, window, q.device)
+        at_queries = _at(q, range(queries.start - first, queries.stop - first))
+        out, lse = _Plain.forward(at_queries, _at(k, keys), _at(v, keys), hidden, q.shape[-1] ** -0.5)
+        if sinks is not None:
+            out = out * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1).to(out.dtype)
+        outs.append(out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 BACKENDS = ("auto", "torch", "triton")
 GATES = ("softmax_over_topk", "softmax_then_topk")
 SAVE = ("h", "x")
+ROUTER_BALANCE = ("loss", "bias")
 
 
 class Activation(NamedTuple):
@@ -53,9 +54,15 @@ class MoEConfig:
         router_bias: whether the router has a bias.
         gate: `softmax_over_topk` (gpt-oss, Mixtral: softmax of the chosen logits) or `softmax_then_topk` (OLMoE:
             probabilities of the chosen experts, not renormalised).
+        router_balance: what keeps experts in equal use: `loss` (a term of the training loss) or `bias` (`select_bias`
+            on the logits, for choosing experts only, moved after each optimizer step: DeepSeek-V3, arXiv 2412.19437).
+        router_jitter: ε of the noise on the router's input in training, a factor from uniform(1 − ε, 1 + ε) for every
+            element (Switch Transformer, arXiv 2101.03961, section 2.2); 0: none.
         backend: `torch`, `triton`, or `auto`: triton for tensors on a GPU that Triton can use, torch elsewhere.
         save: what backward finds of the experts, besides their input: `h` (the up-projection, 4·K·F bytes a token in
             16-bit) or `x` (nothing: it is computed again).
+        autotune: whether the Triton backend times the candidate tiles of each GEMM, once for a bucket of shapes, in
+            place of taking them from a table; the torch backend has no tiles.
         init_std: standard deviation of the weights; the down-projection is scaled further by the model.
     Raises:
         ValueError: a field is out of range; the message names it, what was expected and what came.
@@ -69,8 +76,11 @@ class MoEConfig:
     expert_bias: bool = True
     router_bias: bool = True
     gate: str = "softmax_over_topk"
+    router_balance: str = "loss"
+    router_jitter: float = 0.0
     backend: str = "auto"
     save: str = "h"
+    autotune: bool = False
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -80,6 +90,9 @@ class MoEConfig:
         _check(self.top_k <= limit, "top_k", f"at most min(num_experts, 8) = {limit}", self.top_k)
         _check(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", self.activation)
         _check(self.gate in GATES, "gate", f"one of {', '.join(GATES)}", self.gate)
+        balance = f"one of {', '.join(ROUTER_BALANCE)}"
+        _check(self.router_balance in ROUTER_BALANCE, "router_balance", balance, self.router_balance)
+        _check(0 <= self.router_jitter < 1, "router_jitter", "a number in [0, 1)", self.router_jitter)
         _check(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
         _check(self.save in SAVE, "save", f"one of {', '.join(SAVE)}", self.save)
         _check(self.init_std > 0, "init_std", "a positive number", self.init_std)
@@ -96,7 +109,8 @@ class ModelConfig:
         vocab_size: rows of the embedding and of the output layer.
         num_layers, d_model: depth and width.
         num_heads, num_kv_heads, head_dim: grouped-query attention; num_heads is a multiple of num_kv_heads.
-        d_ff, num_experts, top_k, activation, expert_bias, router_bias, gate, backend, save: see `MoEConfig`.
+        d_ff, num_experts, top_k, activation, expert_bias, router_bias, gate, router_balance, router_jitter, backend,
+            save, autotune: see `MoEConfig`.
         attention_bias: biases on the query, key, value and output projections.
         attention_sinks: one learned logit per head that takes part in the softmax and adds no value.
         sliding_window: tokens that layers 0, 2, 4, … look back on, themselves included; the odd layers see
@@ -126,8 +140,11 @@ class ModelConfig:
     expert_bias: bool = True
     router_bias: bool = True
     gate: str = "softmax_over_topk"
+    router_balance: str = "loss"
+    router_jitter: float = 0.0
     backend: str = "auto"
     save: str = "h"
+    autotune: bool = False
     attention_bias: bool = True
     attention_sinks: bool = True
     sliding_window: int = 128
@@ -175,8 +192,11 @@ class ModelConfig:
             expert_bias=self.expert_bias,
             router_bias=self.router_bias,
             gate=self.gate,
+            router_balance=self.router_balance,
+            router_jitter=self.router_jitter,
             backend=self.backend,
             save=self.save,
+            autotune=self.autotune,
             init_std=self.init_std,
         )
 

@@ -16,7 +16,7 @@ from moe_engine.attention import Attention, KVCache, RotaryEmbedding
 from moe_engine.config import ModelConfig
 from moe_engine.loss import linear_cross_entropy
 from moe_engine.moe import MoELayer
-from moe_engine.router import RouterStats
+from moe_engine.router import JitterKey, RouterStats
 
 
 class _Normalise(torch.autograd.Function):
@@ -71,13 +71,17 @@ class Block(nn.Module):
         self.moe = MoELayer(config.moe)
         self.checkpointing = "none"
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self, x: Tensor, rotary: Tensor, cache: KVCache | None = None, jitter_key: JitterKey | None = None
+    ) -> tuple[Tensor, RouterStats]:
         """`(B, T, D)` → `(B, T, D)` and the router's statistics; rotary: the table of the T positions."""
-        return checkpointing.run(self.checkpointing, self._run, x, rotary, cache)
+        return checkpointing.run(self.checkpointing, self._run, x, rotary, cache, jitter_key)
 
-    def _run(self, x: Tensor, rotary: Tensor, cache: KVCache | None) -> tuple[Tensor, RouterStats]:
+    def _run(
+        self, x: Tensor, rotary: Tensor, cache: KVCache | None, jitter_key: JitterKey | None
+    ) -> tuple[Tensor, RouterStats]:
         x = x + self.attention(self.attention_norm(x), rotary, cache)
-        out, stats = self.moe(self.moe_norm(x))
+        out, stats = self.moe(self.moe_norm(x), jitter_key)
         return x + out, stats
 
 
@@ -92,13 +96,13 @@ class Head(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 
-    def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
-        """Logits `(B, T, V)`, or with targets `(B, T)` the summed cross-entropy."""
+    def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None, z_coef: float = 0.0) -> Tensor:
+        """Logits `(B, T, V)`, or with targets `(B, T)` the summed cross-entropy (and z-loss)."""
         weight = self.weight if tied is None else tied
         x = self.norm(x)
         if targets is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1))
+        return linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), z_coef)
 
 
 class ModelOutput(NamedTuple):
@@ -106,7 +110,8 @@ class ModelOutput(NamedTuple):
 
     Attributes:
         logits: `(B, T, V)`; None when targets were given.
-        loss: cross-entropy in nats, summed over the targets that count, fp32; None without targets.
+        loss: cross-entropy in nats, with the z-loss that was asked for, summed over the targets that count, fp32; None
+            without targets.
         stats: router statistics, stacked: each field has a leading layer dimension.
     """
 
@@ -173,6 +178,9 @@ class Transformer(nn.Module):
         A parameter's values depend neither on the order of parameters nor on how the model is sharded: each rank
         draws the whole parameter and keeps its shard, one parameter at a time.
         """
+        for block in self.blocks:
+            if block.moe.router.select_bias is not None:
+                block.moe.router.select_bias.zero_()
         for name, parameter in self.named_parameters():
             std = self.initial_std(name)
             if std is None:
@@ -186,24 +194,46 @@ class Transformer(nn.Module):
                 whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(whole)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> ModelOutput:
+    def update_select_bias(self, expert_counts: Tensor, rate: float) -> None:
+        """After an optimizer step with `router_balance="bias"`: see `Router.update_select_bias`.
+
+        Args:
+            expert_counts: `(layers, E)` integers, over all ranks and micro-steps of the optimizer step.
+            rate: size of the move.
+        """
+        for block, counts in zip(self.blocks, expert_counts, strict=True):
+            block.moe.router.update_select_bias(counts, rate)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        z_coef: float = 0.0,
+        jitter: tuple[int, int] | None = None,
+    ) -> ModelOutput:
         """Run the model.
 
         Args:
             tokens: `(B, T)` int64 ids below vocab_size.
             targets: `(B, T)` int64, the token after each; negative ones do not count. None for logits.
             cache: keys and values of earlier positions, for decoding; advanced by T.
+            z_coef: coefficient of the z-loss on the logits (see `linear_cross_entropy`) that the loss is to contain.
+            jitter: for training with `router_jitter`: a seed, and the number of the batch's first sequence in the run
+                (see `JitterKey`); None: no noise.
         """
         begin = 0 if cache is None else cache.length
         x = self.embedding(tokens)
         rotary = self.rotary.table(begin + tokens.shape[1], like=x)[:, begin:]
         stats = []
-        for block in self.blocks:
-            x, layer_stats = block(x, rotary, cache)
+        for layer, block in enumerate(self.blocks):
+            key = None if jitter is None else JitterKey(jitter[0], layer, jitter[1])
+            x, layer_stats = block(x, rotary, cache, key)
             stats.append(layer_stats)
         if cache is not None:
             cache.length += tokens.shape[1]
         tied = self.embedding.weight if self.config.tie_embeddings else None
-        result = self.head(x, targets, tied)
+        result = self.head(x, targets, tied, z_coef)
         stacked = RouterStats(*(torch.stack(field) for field in zip(*stats, strict=True)))
         return ModelOutput(*((result, None) if targets is None else (None, result)), stacked)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_engine.config import ACTIVATIONS, MoEConfig
-from moe_engine.router import Router, RouterStats
+from moe_engine.router import JitterKey, Router, RouterStats, jitter
 
 # A backend is a module with
-#   route(logits, top_k, gate) → (routed, RouterStats)
-#   expert_mlp(x, w_up, b_up, w_down, b_down, *routed, activation, save) → out
+#   route(logits, top_k, gate, select_bias) → (routed, RouterStats)
+#   expert_mlp(x, w_up, b_up, w_down, b_down, *routed, activation, save, autotune) → out
 #   check_available()
 # where `routed` is the gate weights and the order of the rows, as that backend wants them.
 _BACKENDS = {"torch": "moe_engine.torch_backend", "triton": "moe_engine.triton_backend"}
@@ -50,7 +50,8 @@ class MoELayer(nn.Module):
     >>> out, stats = MoELayer(MoEConfig(d_model=64, d_ff=128))(torch.randn(4, 16, 64))
 
     Parameters: `router.weight (E, D)`, `router.bias (E)`, `w_up (E, D, 2F)` with gate and up columns interleaved
-    (even = gate), `b_up (E, 2F)`, `w_down (E, F, D)`, `b_down (E, D)`.
+    (even = gate), `b_up (E, 2F)`, `w_down (E, F, D)`, `b_down (E, D)`. Buffer, with `router_balance="bias"`:
+    `router.select_bias (E)`.
 
     Args:
         config: sizes and choices.
@@ -78,18 +79,21 @@ class MoELayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights of the configured standard deviation, zero biases."""
+        if self.router.select_bias is not None:
+            self.router.select_bias.zero_()
         for name, parameter in self.named_parameters():
             if name.rpartition(".")[2] in ("bias", "b_up", "b_down"):
                 parameter.zero_()
             else:
                 parameter.normal_(std=self.config.init_std)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+    def forward(self, x: Tensor, jitter_key: JitterKey | None = None) -> tuple[Tensor, RouterStats]:
         """Route every token to its experts.
 
         Args:
             x: `(…, D)`, floating point, of the parameters' dtype. Under `torch.autocast` of any: x and the experts'
                 weights are cast to autocast's dtype, the router stays in fp32.
+            jitter_key: in training, what the noise of `router_jitter` is drawn from; None: no noise.
         Returns:
             The layer's output, of x's shape and dtype (autocast's, under it), and the router's statistics.
         Raises:
@@ -107,7 +111,10 @@ class MoELayer(nn.Module):
             raise ValueError(f"x: expected the dtype of the weights, {weights[0].dtype}, got {x.dtype}")
         rows = x.reshape(-1, config.d_model)
         route, expert_mlp = self._gpu_functions if rows.is_cuda else self._functions
-        routed, stats = route(self.router(rows), config.top_k, config.gate)
+        router_rows = rows
+        if config.router_jitter and jitter_key is not None:
+            router_rows = jitter(x, config.router_jitter, jitter_key).reshape(rows.shape)
+        routed, stats = route(self.router(router_rows), config.top_k, config.gate, self.router.select_bias)
         # Expert parallelism would exchange rows here, and back before they are combined.
-        out = expert_mlp(rows, *weights, *routed, ACTIVATIONS[config.activation], config.save)
+        out = expert_mlp(rows, *weights, *routed, ACTIVATIONS[config.activation], config.save, config.autotune)
         return out.view_as(x), stats

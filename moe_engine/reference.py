@@ -47,7 +47,8 @@ def moe(x: Tensor, params: Mapping[str, Tensor], config: MoEConfig) -> MoERefere
     Args:
         x: `(T, D)`.
         params: `router.weight (E, D)`, `router.bias (E)`, `w_up (E, D, 2F)`, `b_up (E, 2F)`, `w_down (E, F, D)`,
-            `b_down (E, D)`; the biases may be missing.
+            `b_down (E, D)`; the biases may be missing. `router.select_bias (E)`, if given, is added to the logits to
+            choose experts and for nothing else.
         config: sizes and choices; the backend is ignored.
     """
     logits = x @ params["router.weight"].T
@@ -55,7 +56,10 @@ def moe(x: Tensor, params: Mapping[str, Tensor], config: MoEConfig) -> MoERefere
         logits = logits + params["router.bias"]
     prob = logits.softmax(-1)
     # By falling logit; among equals the lower expert first.
-    order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
+    selected_by = logits.detach()
+    if "router.select_bias" in params:
+        selected_by = selected_by + params["router.select_bias"]
+    order = torch.sort(selected_by, dim=-1, descending=True, stable=True).indices
     topk_idx = order[:, : config.top_k]
     if config.gate == "softmax_over_topk":
         topk_weights = logits.gather(1, topk_idx).softmax(-1)

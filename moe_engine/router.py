@@ -6,11 +6,18 @@
 balance is 1 when experts are used equally and E/K when all tokens go to the same K experts with all probability.
 Gradients flow through prob_sum and lse_sq only; the counts are a constant.
 
+Without a loss, experts are balanced by a bias that only the choice of experts sees, moved after each optimizer step
+(Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, section 2.1.2):
+
+    topk_idx = top-K of z + select_bias      select_bias_e += rate · sign(mean of expert_counts − expert_counts_e)
+
 T = tokens, E = experts, K = top_k
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -86,16 +93,90 @@ class _WideLinear(torch.autograd.Function):
         return grad_x, grad_weight, None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
 
 
+class JitterKey(NamedTuple):
+    """What a router's noise is drawn from, so that a second run of the layer, or of the training step, draws it again.
+
+    Attributes:
+        seed: of the run.
+        layer: of the model.
+        sequence: number of the first sequence of the batch in the run, over all ranks; the others follow on it.
+    """
+
+    seed: int
+    layer: int
+    sequence: int
+
+
+@torch.library.custom_op("moe_engine::router_jitter", mutates_args=())
+def _jitter(x: Tensor, epsilon: float, seed: int, layer: int, sequence: int) -> Tensor:
+    """Factors from uniform(1 − epsilon, 1 + epsilon), fp32 of x's shape; each sequence `x[i]` has its own generator.
+
+    An operation, since torch.compile cannot look into generators.
+    """
+    factors = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for i, part in enumerate(factors if factors.dim() > 2 else factors.unsqueeze(0)):
+        # 32 bits, since the generator of a CPU drops all above them.
+        generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{seed} {layer} {sequence + i}".encode()))
+        part.uniform_(1 - epsilon, 1 + epsilon, generator=generator)
+    return factors
+
+
+@_jitter.register_fake
+def _(x, epsilon, seed, layer, sequence):
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+def jitter(x: Tensor, epsilon: float, key: JitterKey) -> Tensor:
+    """Multiplicative noise on the router's input, differentiable in x.
+
+    Args:
+        x: `(B, T, D)`, or `(T, D)` for one sequence.
+        epsilon: the factors are uniform in 1 ± epsilon.
+        key: the same key gives the same noise on the same kind of device; what a sequence gets does not depend on the
+            batch, or rank, that it is in.
+    Returns:
+        x · factors, of x's shape, in fp32 or better: in 16 bits a small factor would be rounded to 1.
+    """
+    return x * _jitter(x.detach(), epsilon, *key)
+
+
 class Router(nn.Module):
     """Logits of the experts, in fp32 (fp64 for fp64 weights) whatever the model's dtype.
 
     A module of its own so that a mixed-precision wrapper can leave its weight in fp32.
+
+    Attributes:
+        select_bias: with `router_balance="bias"` a buffer `(E)`, always fp32, that the choice of experts adds to the
+            logits; else None. Not a parameter: `update_select_bias` moves it.
     """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
         self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
+        balanced = config.router_balance == "bias"
+        self.register_buffer("select_bias", torch.zeros(config.num_experts, dtype=torch.float32) if balanced else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Keep select_bias in fp32 under `.to(bfloat16)`, where small steps would be lost: hand it over as integers."""
+        if self.select_bias is None:
+            return super()._apply(fn, recurse)
+        self.select_bias = self.select_bias.view(torch.int32)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.select_bias = self.select_bias.view(torch.float32)
+
+    @torch.no_grad()
+    def update_select_bias(self, expert_counts: Tensor, rate: float) -> None:
+        """Move select_bias by ±rate: up where an expert had fewer rows than the mean, down where it had more.
+
+        Args:
+            expert_counts: `(E)` integers, rows of each expert in the optimizer step, over all ranks and micro-steps.
+            rate: size of the move.
+        """
+        counts = expert_counts.long()
+        self.select_bias.add_(torch.sign(counts.sum() - counts.numel() * counts), alpha=rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(T, D)` → `(T, E)`."""

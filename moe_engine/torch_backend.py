@@ -37,9 +37,12 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, logits: Tensor, top_k: int, renormalise: bool, select_bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
         # A stable sort, not topk: equal logits go to the lower expert, and a NaN still gives valid indices.
-        topk_idx = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+        selected_by = logits if select_bias is None else logits + select_bias
+        topk_idx = torch.sort(selected_by, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
         log_prob = logits.log_softmax(-1)
         prob = log_prob.exp()
         topk_weights = logits.gather(1, topk_idx).softmax(-1) if renormalise else prob.gather(1, topk_idx)
@@ -69,20 +72,23 @@ class _Gate(torch.autograd.Function):
         if ctx.renormalise:
             grad_chosen = topk_weights * (grad_w - (topk_weights * grad_w).sum(-1, keepdim=True))
             grad.scatter_add_(1, chosen, grad_chosen)
-        return grad, None, None
+        return grad, None, None, None
 
 
-def gate(logits: Tensor, top_k: int, mode: str) -> tuple[Tensor, Tensor, RouterStats]:
+def gate(
+    logits: Tensor, top_k: int, mode: str, select_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, RouterStats]:
     """Softmax, top-k and router statistics.
 
     Args:
         logits: `(T, E)` fp32 or fp64.
         top_k: experts per token K.
         mode: `softmax_over_topk` or `softmax_then_topk`, see `MoEConfig.gate`.
+        select_bias: `(E)` fp32, added to the logits to choose experts and for nothing else; None: no bias.
     Returns:
-        topk_idx `(T, K)` int32, by falling logit, ties to the lower expert; topk_weights `(T, K)`; statistics.
+        topk_idx `(T, K)` int32, by falling (biased) logit, ties to the lower expert; topk_weights `(T, K)`; statistics.
     """
-    topk_idx, topk_weights, *stats = _Gate.apply(logits, top_k, mode == "softmax_over_topk")
+    topk_idx, topk_weights, *stats = _Gate.apply(logits, top_k, mode == "softmax_over_topk", select_bias)
     return topk_idx, topk_weights, RouterStats(*stats)
 
 
@@ -101,9 +107,11 @@ def sort_by_expert(topk_idx: Tensor, expert_counts: Tensor) -> tuple[Tensor, Ten
     return expert_offsets, permutation
 
 
-def route(logits: Tensor, top_k: int, mode: str) -> tuple[tuple[Tensor, Tensor, Tensor], RouterStats]:
+def route(
+    logits: Tensor, top_k: int, mode: str, select_bias: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor], RouterStats]:
     """`gate`, then `sort_by_expert`: (topk_weights, permutation, expert_offsets) for `expert_mlp`, and statistics."""
-    topk_idx, topk_weights, stats = gate(logits, top_k, mode)
+    topk_idx, topk_weights, stats = gate(logits, top_k, mode, select_bias)
     expert_offsets, permutation = sort_by_expert(topk_idx, stats.expert_counts)
     return (topk_weights, permutation, expert_offsets), stats
 
@@ -375,6 +383,7 @@ def expert_mlp(
     expert_offsets: Tensor,
     activation: Activation,
     save: str = "h",
+    autotune: bool = False,
 ) -> Tensor:
     """The experts' MLPs, weighted and summed into each token's row.
 
@@ -386,6 +395,7 @@ def expert_mlp(
         permutation, expert_offsets: from `sort_by_expert`.
         activation: constants of the gated activation.
         save: `h` keeps the up-projection for backward, `x` computes it again there; the same results to the bit.
+        autotune: nothing here; the Triton backend times its tiles.
     Returns:
         `(T, D)` in x's dtype. Differentiable in x, the weights, the biases and topk_weights.
     """

@@ -19,6 +19,18 @@ from moe_engine.presets import PRESETS, preset
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
 
+RESHARD = ("always", "never")
+
+
+def auto_aux_coef(num_experts: int) -> float:
+    """The load-balancing coefficient 0.005 · E / 8.
+
+    With E experts near balance, the gradient that a relative overload r of one expert puts on a token's logit is
+    coef · r / (T·E): a coefficient proportional to E keeps that pressure what it is at 8.
+    """
+    return 0.005 * num_experts / 8
+
+
 # Every field of ModelConfig, each None until it is given: `--model.num_layers 6`, or a [model] table.
 ModelOverrides = make_dataclass(
     "ModelOverrides",
@@ -59,16 +71,29 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
     warmup_iters: int = option(2000, "iterations of linear warm-up")
     lr_decay_iters: int = option(50_000, "iteration at which the cosine reaches min_lr")
-    router_aux_coef: str = option("auto", "load-balancing coefficient: a number, or auto (0.005 at 8 experts)")
+    router_aux_coef: str = option(
+        "auto", "load-balancing coefficient: a number, or auto (0.005 at 8 experts; 0 with --model.router_balance bias)"
+    )
+    router_bias_rate: float = option(1e-3, "step of the balancing biases with --model.router_balance bias")
     router_z_coef: float = option(0.0, "router z-loss coefficient")
+    logit_z_coef: float = option(0.0, "z-loss coefficient of the output logits, in training only")
     # System
     dtype: str | None = option(
         None, "training dtype (default: bfloat16; float32 on a CPU)", choices=("bfloat16", "float16", "float32")
     )
+    param_dtype: str = option(
+        "float32", "dtype of weights and gradients; bfloat16 needs adamw8bit and dtype bfloat16",
+        choices=("float32", "bfloat16"),
+    )  # fmt: skip
     checkpointing: str = option(
         "none", "activations that a block keeps: all, its input only, or large GEMMs' results too", choices=MODES
     )
     checkpoint_every: int = option(1, "blocks to one that --checkpointing acts on, counted from the first")
+    reshard_after_forward: str = option(
+        "always", "free a block's gathered weights until backward (ZeRO-3), or keep them (ZeRO-2)", choices=RESHARD
+    )
+    dp_replicate: int = option(1, "whole copies of the model, each sharded over its part of the processes (HSDP)")
+    cpu_offload: bool = option(False, "keep weights, gradients and optimizer in the host's memory")
     seed: int = option(1337, "seed of initialisation and data order")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     # Checkpoints
@@ -88,9 +113,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "block_size", "max_iters", "grad_accum_steps", "lr_decay_iters", "log_interval",
-                        "eval_iters", "sample_tokens", "checkpoint_every")  # fmt: skip
+                        "eval_iters", "sample_tokens", "checkpoint_every", "dp_replicate")  # fmt: skip
         not_negative = ("warmup_iters", "save_every", "keep_last_n", "eval_interval", "sample_every", "top_k", "seed",
-                        "lr", "min_lr", "weight_decay", "grad_clip", "router_z_coef", "temperature")  # fmt: skip
+                        "lr", "min_lr", "weight_decay", "grad_clip", "router_bias_rate", "router_z_coef",
+                        "logit_z_coef", "temperature")  # fmt: skip
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
                 value = getattr(self, name)
@@ -111,16 +137,32 @@ class TrainConfig:
                 "--optimizer_in_backward: expected --dtype bfloat16 or float32, got float16; whether a loss scale was "
                 "too large is known only after backward, when the parameters are updated already"
             )
+        if self.param_dtype == "bfloat16" and self.optimizer != "adamw8bit":
+            raise InputError(
+                f"--param_dtype bfloat16: expected --optimizer adamw8bit, got {self.optimizer}; an update is mostly "
+                "smaller than half a step of bfloat16, and only adamw8bit, which rounds stochastically, keeps it"
+            )
+        if self.param_dtype == "bfloat16" and self.dtype not in (None, "bfloat16"):
+            raise InputError(f"--param_dtype bfloat16: expected --dtype bfloat16, got {self.dtype}")
+        if self.cpu_offload and self.optimizer_in_backward:
+            raise InputError(
+                "--cpu_offload: cannot be used with --optimizer_in_backward; a gradient's copy in the host's memory is "
+                "whole only when backward is over"
+            )
+        if self.cpu_offload and self.dtype == "float16":
+            raise InputError(
+                "--cpu_offload: expected --dtype bfloat16 or float32, got float16, whose loss scale is on the GPU and "
+                "its gradients are not"
+            )
         self.aux_coef(8)
 
-    def aux_coef(self, num_experts: int) -> float:
-        """The load-balancing coefficient.
+    def aux_coef(self, num_experts: int, router_balance: str = "loss") -> float:
+        """The load-balancing coefficient of a model with that many experts and that `ModelConfig.router_balance`.
 
-        `auto` is 0.005 · E / 8. With E experts near balance, the gradient that a relative overload r of one expert puts
-        on a token's logit is coef · r / (T·E): a coefficient proportional to E keeps that pressure what it is at 8.
+        `auto` is `auto_aux_coef`, with `bias` 0.
         """
         if self.router_aux_coef == "auto":
-            return 0.005 * num_experts / 8
+            return 0.0 if router_balance == "bias" else auto_aux_coef(num_experts)
         try:
             coef = float(self.router_aux_coef)
         except ValueError:
@@ -293,7 +335,7 @@ _FREE = {
     "data_dir", "out_dir", "fresh", "max_iters", "save_every", "keep_last_n", "eval_interval", "eval_iters",
     "log_interval", "log_router_stats", "sample_every", "sample_tokens", "sample_prompt", "temperature", "top_k",
     "device", "preset", "batch_size", "grad_accum_steps", "checkpointing", "checkpoint_every",
-    "optimizer_in_backward",
+    "optimizer_in_backward", "reshard_after_forward", "dp_replicate", "cpu_offload",
 }  # fmt: skip
 
 
@@ -305,12 +347,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     rows = []
     defaults = {f.name: f.default for f in fields(TrainConfig)}
+    model_defaults = {f.name: None if f.default is MISSING else f.default for f in fields(ModelConfig)}
     for name in sorted(({*old, *new} - _FREE) | {"model"}):
         a, b = (table.get(name, defaults.get(name)) for table in (old, new))
         if name == "model":
             a, b = old.get("model") or {}, new.get("model") or {}
-            names = sorted({*a, *b} - {"save"})  # what backward keeps changes no result
-            rows += [f"model.{k}: {a.get(k)} → {b.get(k)}" for k in names if a.get(k) != b.get(k)]
+            names = sorted({*a, *b} - {"save", "autotune"})  # how results are computed, not what they are
+            pairs = {k: [table.get(k, model_defaults.get(k)) for table in (a, b)] for k in names}
+            rows += [f"model.{k}: {x} → {y}" for k, (x, y) in pairs.items() if x != y]
         elif a != b:
             rows.append(f"{name}: {a} → {b}")
     return rows

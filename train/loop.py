@@ -1,6 +1,7 @@
 """The training loop: one `Trainer` a process, from data to checkpoints.
 
-`router_aux` in the logs is coef · (mean over layers of balance − 1): 0 when experts are used equally.
+`router_aux` in the logs is coef · (mean over layers of balance − 1): 0 when experts are used equally. Where biases
+balance the experts, coef is there what `auto` would be without them, so that it still tells.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from moe_engine.generate import generate
 from moe_engine.model import Transformer
 from moe_engine.train import parallel
 from moe_engine.train.checkpoint import Checkpoints
-from moe_engine.train.config import TrainConfig
+from moe_engine.train.config import TrainConfig, auto_aux_coef
 from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
-from moe_engine.train.device import memory_total, memory_used, peak_flops, pick_dtype
+from moe_engine.train.device import DTYPES, memory_total, memory_used, peak_flops, pick_dtype
 from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.parallel import World, all_sum, any_rank
@@ -49,7 +50,14 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
+        parallel.check_sharding(world, device, config.dp_replicate, config.cpu_offload)
         self.dtype, self.dtype_note = pick_dtype(config.dtype, device)
+        self.param_dtype = DTYPES[config.param_dtype]
+        if self.param_dtype not in (torch.float32, self.dtype):
+            raise InputError(
+                f"--param_dtype {config.param_dtype}: expected --dtype {config.param_dtype}, got none, which on "
+                f"--device {device.type} is {str(self.dtype).removeprefix('torch.')}"
+            )
         self.train_data = TokenDataset.open(config.data_dir, "train", config.block_size)
         val_data = TokenDataset.open(config.data_dir, "val", config.block_size)
         meta = self.train_data.meta
@@ -76,24 +84,34 @@ class Trainer:
     # Building
 
     def _check_memory(self) -> None:
-        """Refuse what cannot fit: weights, gradients and optimizer, 16 bytes a parameter with AdamW, no activations."""
+        """Refuse what cannot fit: weights, gradients and optimizer, without activations.
+
+        A parameter takes 4 + 4 + 8 bytes with AdamW, 2 + 2 + 2 with bf16 weights and 8-bit moments.
+        """
         total = self.model_config.matrix_parameters()[0] + self.model_config.vocab_size * self.model_config.d_model
-        shared = self.world.size if self.device.type == "cuda" else 1
+        copies = self.config.dp_replicate
+        shared = (self.world.size if self.device.type == "cuda" else 1) / copies  # processes on a CPU share one memory
         moments = 2 if self.config.optimizer == "adamw8bit" else 8
-        each = 4 + (0 if self.config.optimizer_in_backward else 4) + moments
-        need, have = each * total / shared, memory_total(self.device)
+        each = self.param_dtype.itemsize * (1 if self.config.optimizer_in_backward else 2) + moments
+        kept_on = torch.device("cpu") if self.config.cpu_offload else self.device
+        need, have = each * total / shared, memory_total(kept_on)
         if need > have:
             raise InputError(
                 f"--preset {self.config.preset}: weights, gradients and optimizer of {total / 1e9:.2f} B parameters "
-                f"take {need / 1e9:.0f} GB per device, this one has {have / 1e9:.0f} GB; "
+                f"take {need / 1e9:.0f} GB per device, this {'host' if self.config.cpu_offload else 'one'} has "
+                f"{have / 1e9:.0f} GB; "
                 "take a smaller preset (--preset tiny trains anywhere) or more devices"
             )
 
     def _build_model(self) -> Transformer:
         """Build on meta, shard, give storage once, initialise once, check."""
-        sharded = parallel.start(self.world, self.device, self.dtype)
-        model = build_model(self.config, self.model_config, self.world, self.device, self.dtype, sharded=sharded)
-        model.to_empty(device=self.device)
+        config, param_dtype = self.config, self.param_dtype
+        sharded = parallel.start(self.world, self.device, self.dtype, config.cpu_offload, param_dtype)
+        model = build_model(config, self.model_config, self.world, self.device, self.dtype, sharded=sharded)
+        model.to_empty(device="cpu" if config.cpu_offload else self.device)
+        for router in (block.moe.router for block in model.blocks):
+            if router.select_bias is not None:  # FSDP2 brings what it offloads to the device, but only parameters
+                router.select_bias = router.select_bias.to(self.device)
         model.init_weights(self.config.seed)
         parallel.check_initialisation(model)
         return model
@@ -114,7 +132,7 @@ class Trainer:
 
     def train_step(self) -> Step:
         """The next iteration."""
-        step = self.engine.step(self._batches(), self.config.learning_rate(self.iteration))
+        step = self.engine.step(self._batches(), self.iteration)
         self.iteration += 1
         return step
 
@@ -207,10 +225,12 @@ class Trainer:
                 f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
                 f"{known['tokens_per_iteration']} tokens per iteration, this start has {self.tokens_per_iteration}"
             )
-        if self.config.optimizer == "adamw8bit" and known["ranks"] != self.world.size:
+        had = known["ranks"] // known["arguments"].get("dp_replicate", 1)
+        have = self.world.size // self.config.dp_replicate
+        if self.config.optimizer == "adamw8bit" and had != have:
             raise InputError(
-                f"--optimizer adamw8bit: the run in {self.config.out_dir} has its moments in the parts of "
-                f"{known['ranks']} processes, this start has {self.world.size}; their blocks cannot be cut anew"
+                f"--optimizer adamw8bit: the run in {self.config.out_dir} has its moments in the parts of {had} "
+                f"processes, this start has {have}; their blocks cannot be cut anew (processes / --dp_replicate)"
             )
         self.loader.load_state_dict(known["loader"])
         state = self.checkpoints.load(path, self.model, self.engine.optimizer, self.device)
@@ -226,13 +246,15 @@ class Trainer:
     def _reduce(self, step: Step) -> dict[str, Any]:
         """The deterministic values of a log line, over all ranks."""
         layers = step.balance.numel()
+        by_bias = self.model_config.router_balance == "bias"
+        aux_coef = auto_aux_coef(self.model_config.num_experts) if by_bias else self.engine.aux_coef
         means = all_sum(torch.cat((step.loss.reshape(1), step.balance, step.z)).double(), self.world) / self.world.size
         balance = means[1 : 1 + layers]
         values = {
             "loss": float(means[0]),
             "lr": self.config.learning_rate(self.iteration - 1),
             "grad_norm": step.grad_norm,
-            "router_aux": self.engine.aux_coef * (float(balance.mean()) - 1),
+            "router_aux": aux_coef * (float(balance.mean()) - 1),
             "tokens": self.iteration * self.tokens_per_iteration,
         }
         if self.config.log_router_stats:

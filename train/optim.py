@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from moe_engine.model import Transformer
@@ -15,12 +16,15 @@ from moe_engine.train import parallel
 from moe_engine.train.config import TrainConfig
 from moe_engine.train.errors import InputError
 
+_SLICE = 1 << 24  # elements that adamw8bit updates at once: 64 MB an fp32 temporary; a multiple of 256
+
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW in two groups: matrices, which decay, and everything else (norms, biases, sinks), which does not.
 
     `adamw` is PyTorch's, fused. `adamw8bit` is torchao's: both moments of a parameter (of a rank's part of it) that
-    has at least 4096 elements and a multiple of 256 are kept in 8 bits with one fp32 scale for 256 elements.
+    has at least 4096 elements and a multiple of 256 are kept in 8 bits with one fp32 scale for 256 elements. It rounds
+    stochastically where weights are bf16, and not at all where they are fp32.
 
     Raises:
         InputError: `adamw8bit` without torchao.
@@ -34,8 +38,7 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optim
     ]
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": 1e-8}
     if config.optimizer == "adamw8bit":
-        # Rounds stochastically where weights are bf16, and not at all where they are fp32.
-        return _adamw8bit_class()(groups, **options, bf16_stochastic_round=True)
+        return _adamw8bit_class()(groups, config.seed, **options)
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
@@ -56,40 +59,94 @@ def _adamw8bit_class() -> type[torch.optim.Optimizer]:
     """
     try:
         from torchao.optim import AdamW8bit
+        from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
     except ImportError as error:
         raise InputError(
             "--optimizer adamw8bit: expected torchao to be installed, got "
             f"{type(error).__name__}: {str(error).splitlines()[0]}; pip install -e '.[adamw8bit]', or --optimizer adamw"
         ) from None
 
+    with unset_fake_temporarily():  # tables that torchao makes once and reads back, which fake tensors cannot be
+        get_qmap_signed(), get_qmap_unsigned()
+
     class LocalAdamW8bit(AdamW8bit):
-        """Steps on each rank's own part of a sharded parameter.
+        """Steps on each rank's own part of a sharded parameter, a slice of it at a time.
 
         AdamW is elementwise, so a part needs nothing from the others. Torchao compiles its step, and the compiler does
-        not take a DTensor of 8-bit moments apart; plain tensors that share memory with the parts it does. Outside of
-        `step` parameters and moments are DTensors, as checkpoints need them.
+        not take a DTensor of 8-bit moments apart; plain tensors that share memory with slices of the part it does.
+        Outside of `step` parameters and moments are whole (DTensors where sharded), as checkpoints need them. A slice
+        bounds what a step needs in fp32 beside them, and makes most parameters one shape to compile. Moments exist from
+        the start, in fp32 where they are not in 8 bits, whatever the parameter's dtype.
+
+        Stochastic rounding draws from a seed, the parameter's number, the number of its steps and the part's place
+        among the parts. So replicas of a part stay equal, and a resumed run draws what the uninterrupted one did.
         """
+
+        def __init__(self, groups: list[dict[str, Any]], seed: int, **options: Any) -> None:
+            super().__init__(groups, bf16_stochastic_round=True, **options)
+            self._seed = seed
+            self._numbers = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+            for p in self._numbers:
+                self.state[p] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": _placed_as(p, self._zeros(_local(p.detach()), signed=True)),
+                    "exp_avg_sq": _placed_as(p, self._zeros(_local(p.detach()), signed=False)),
+                }
+
+        def _zeros(self, part: Tensor, signed: bool) -> Tensor:
+            """A moment of a rank's part, in 8 bits under torchao's condition, else in fp32."""
+            if part.numel() >= 4096 and part.numel() % self.block_size == 0:
+                return OptimState8bit.zeros(part.shape, signed, self.block_size, part.device, dtype=torch.float32)
+            return torch.zeros_like(part, dtype=torch.float32)
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
             """One step for all parameters with a gradient; none if `found_inf`, as in PyTorch's fused AdamW, is set."""
             if bool(getattr(self, "found_inf", False)):
                 return
+            groups = self.param_groups
+            stepping = [(p, group) for group in groups for p in group["params"] if p.grad is not None]
+            devices = {p.device for p, _ in stepping if p.device.type != "cpu"}
+            with torch.random.fork_rng(devices, device_type=next(iter(devices)).type if devices else "cpu"):
+                for p, group in stepping:
+                    self._step_slices(p, group)
+
+        def _step_slices(self, p: Tensor, group: dict[str, Any]) -> None:
+            """Torchao's step of one parameter, on twins of its slices."""
             groups, states = self.param_groups, self.state
-            twins = {p: _local_twin(p) for group in groups for p in group["params"] if p.grad is not None}
-            self.param_groups = [{**g, "params": [twins[p] for p in g["params"] if p in twins]} for g in groups]
-            self.state = defaultdict(dict)
-            for p, twin in twins.items():
-                if p in states:
-                    self.state[twin] = {name: _local(value) for name, value in states[p].items()}
+            state = states[p]
+            if p.dtype == torch.bfloat16:
+                draw = f"{self._seed} {self._numbers[p]} {int(state['step'])} {_part_number(p)}"
+                torch.manual_seed(zlib.crc32(draw.encode()))
+            part, grad = _local(p.detach()).view(-1), _local(p.grad).view(-1)
+            moments = {name: _local(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+            twins = {}
+            for begin in range(0, part.numel(), _SLICE):
+                end = min(begin + _SLICE, part.numel())
+                twin = part[begin:end]
+                twin.grad = grad[begin:end]
+                twins[twin] = {"step": state["step"].clone()} | {n: _slice(m, begin, end) for n, m in moments.items()}
+            self.param_groups, self.state = [{**group, "params": list(twins)}], twins
             try:
                 super().step()
-                stepped = self.state
             finally:
                 self.param_groups, self.state = groups, states
-            for p, twin in twins.items():
-                if p not in states:
-                    states[p] = {n: v if n == "step" else _placed_as(p, v) for n, v in stepped[twin].items()}
+            state["step"] += 1
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """As PyTorch's, but moments keep their dtype: PyTorch gives them the parameter's."""
+            super().load_state_dict(state_dict)
+            keys = (key for group in state_dict["param_groups"] for key in group["params"])
+            for p, key in zip((p for g in self.param_groups for p in g["params"]), keys, strict=True):
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][name] = state_dict["state"][key][name]
+
+    def _slice(moment: Tensor, begin: int, end: int) -> Tensor:
+        """Elements of a rank's moment, in the same memory; begin is a multiple of 256."""
+        if not isinstance(moment, OptimState8bit):
+            return moment.view(-1)[begin:end]
+        scale = moment.scale[begin // moment.block_size : end // moment.block_size]
+        return OptimState8bit(moment.codes.view(-1)[begin:end], scale, moment.qmap, moment.signed, moment.dtype)
 
     return LocalAdamW8bit
 
@@ -99,18 +156,22 @@ def _local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _local_twin(parameter: Tensor) -> Tensor:
-    """A plain tensor in the memory of this rank's part of a parameter, with its part of the gradient."""
-    twin = _local(parameter.detach())
-    twin.grad = _local(parameter.grad)
-    return twin
+def _part_number(parameter: Tensor) -> int:
+    """Which of a parameter's distinct parts this rank has; replicas of a part have its number in common."""
+    number = 0
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for place, size, placement in zip(mesh.get_coordinate(), mesh.shape, parameter.placements, strict=True):
+            if not placement.is_replicate():
+                number = number * size + place
+    return number
 
 
 def _placed_as(parameter: Tensor, part: Tensor) -> Tensor:
     """A rank's part of a moment as the whole moment, spread over ranks as the parameter is."""
     if not isinstance(parameter, DTensor):
         return part
-    return DTensor.from_local(
+    whole = DTensor.from_local(
         part,
         parameter.device_mesh,
         parameter.placements,
@@ -118,6 +179,7 @@ def _placed_as(parameter: Tensor, part: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+    return whole.to(part.device)  # from_local takes a part in the host's memory to the mesh's device
 
 
 class StepInBackward:

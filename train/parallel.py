@@ -1,23 +1,26 @@
 """Processes: who this rank is, how the model is sharded, how ranks agree.
 
-One process trains without torch.distributed, unless its dtype needs FSDP2's mixed precision: fp32 master weights,
-16-bit compute, fp32 gradients. Several processes, started by torchrun, shard with FSDP2: a group per block, one for the
-final norm with the output layer (kept gathered from forward to backward), and the root with the embedding.
+One process trains without torch.distributed, unless it needs FSDP2's mixed precision: weights and gradients in fp32,
+compute in 16 bits. Several processes, started by torchrun, shard with FSDP2: a group per block, one for its
+router, one for the final norm with the output layer, and the root with the embedding.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
-from moe_engine.model import Transformer
+from moe_engine.model import Block, Transformer
+from moe_engine.router import Router
 from moe_engine.train.errors import InputError
 
 TIMEOUT = datetime.timedelta(seconds=300)
@@ -53,18 +56,34 @@ class World:
             raise InputError(f"torchrun's variables: expected three numbers, got {given}") from None
 
 
-def is_sharded(world: World, dtype: torch.dtype) -> bool:
-    """Whether a model in training is wrapped with FSDP2."""
-    return world.size > 1 or dtype != torch.float32
+def is_sharded(ranks: int, dtype: torch.dtype, param_dtype: torch.dtype, cpu_offload: bool = False) -> bool:
+    """Whether FSDP2 holds a model in training.
+
+    One process whose weights (param_dtype) are in the dtype that they are used in needs no second copy of them.
+    """
+    return ranks > 1 or dtype != param_dtype or cpu_offload
 
 
-def start(world: World, device: torch.device, dtype: torch.dtype) -> bool:
+def backend_for(device: torch.device, cpu_offload: bool) -> str:
+    """What carries collectives; offloaded gradients have norms in the host's memory, which nccl does not read."""
+    if device.type != "cuda":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if cpu_offload else "nccl"
+
+
+def start(
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    cpu_offload: bool = False,
+    param_dtype: torch.dtype = torch.float32,
+) -> bool:
     """Join the process group where there is to be one; True if the model will be sharded with FSDP2."""
-    if not is_sharded(world, dtype):
+    if not is_sharded(world.size, dtype, param_dtype, cpu_offload):
         return False
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend_for(device, cpu_offload)
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     else:
@@ -78,19 +97,101 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: Transformer, world: World, device: torch.device, dtype: torch.dtype) -> None:
+def cast_weights(model: Transformer, dtype: torch.dtype) -> None:
+    """Give a model's parameters a dtype, in place, before it is sharded; the routers' stay in fp32."""
+    for module in model.modules():
+        if not isinstance(module, Router):
+            module._apply(lambda parameter: parameter.to(dtype), recurse=False)
+
+
+def check_sharding(world: World, device: torch.device, replicas: int, cpu_offload: bool) -> None:
+    """Whether these processes can be arranged as asked, before any of them waits for another.
+
+    Raises:
+        InputError: the replicas do not divide the processes, or there is nothing to offload from.
+    """
+    if world.size % replicas:
+        raise InputError(f"--dp_replicate: expected a divisor of the number of processes, {world.size}, got {replicas}")
+    if cpu_offload and device.type == "cpu":
+        raise InputError("--cpu_offload: expected a GPU to offload from, got --device cpu, whose memory is the host's")
+
+
+def make_mesh(world: World, device: torch.device, replicas: int = 1) -> DeviceMesh:
+    """The ranks in a row; with replicas in a table, `(replicate, shard)`, neighbours in one replica."""
+    if replicas == 1:
+        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    model: Transformer,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    replicas: int = 1,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
     """Wrap a model (on the meta device) with FSDP2, in place.
 
     Routers stay in fp32. Inputs are never cast: the rotary angles must not become 16-bit.
+
+    Args:
+        model: to be given storage afterwards, on the device or, with cpu_offload, on the CPU.
+        world: the ranks to spread it over; each must call this.
+        device: where forward and backward run.
+        dtype: what they compute in. Parameters keep theirs; gradients are reduced in fp32.
+        replicas: whole copies of the model; each is spread over `world.size / replicas` ranks.
+        reshard_after_forward: whether a block's weights are freed after its forward and gathered again for backward.
+            Routers are too small, and the head is needed too soon, to be freed; the root is never.
+        cpu_offload: keep parameters, gradients and optimizer in the host's memory.
     """
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = make_mesh(world, device, replicas)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     wide = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    common = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     for block in model.blocks:
-        fully_shard(block.moe.router, mesh=mesh, mp_policy=wide)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block.moe.router, **common | {"mp_policy": wide}, reshard_after_forward=False)
+        placement = _expert_placement(block, mesh.size(-1))
+        fully_shard(block, **common, reshard_after_forward=reshard_after_forward, shard_placement_fn=placement)
+    fully_shard(model.head, **common, reshard_after_forward=False)
+    fully_shard(model, **common)
+    if mesh.size(-1) > 1:  # else nothing is gathered, and a copy made early only takes memory
+        _order_prefetches(model)
+
+
+def _expert_placement(block: Block, ranks: int) -> Callable[[torch.nn.Parameter], Shard | None]:
+    """How the experts' weights are cut: along the first dimension that the ranks divide, that of the experts if it is.
+
+    Cut along the experts, 8 of them would leave 8 of 16 ranks empty, and take as much memory on the others as on 8.
+    FSDP2 pads dimension 0 only: where the ranks divide none, it is that one.
+    """
+    experts = {id(p) for p in block.moe.parameters(recurse=False)}
+
+    def placement(parameter: torch.nn.Parameter) -> Shard | None:
+        if id(parameter) not in experts:
+            return None
+        return Shard(next((d for d, size in enumerate(parameter.shape) if size % ranks == 0), 0))
+
+    return placement
+
+
+def _order_prefetches(model: Transformer) -> None:
+    """Gather the next block, and no further, while one computes.
+
+    FSDP2 by itself has no order for forward but what the host is ahead of the device, and would in backward gather a
+    block only once the router of the block after it is done, behind that block's experts.
+    """
+    blocks = list(model.blocks)
+    model.set_modules_to_forward_prefetch([blocks[0], blocks[0].moe.router])
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following, following.moe.router])
+        following.set_modules_to_backward_prefetch([block])
+    blocks[-1].set_modules_to_forward_prefetch([model.head])
+    model.head.set_modules_to_backward_prefetch([blocks[-1]])
 
 
 def all_sum(value: torch.Tensor, world: World) -> torch.Tensor:
@@ -113,7 +214,9 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def check_initialisation(model: Transformer) -> None:
-    """Hold every parameter against what initialisation meant it to be: nothing uninitialised goes into a run.
+    """Hold every parameter and the balancing biases against what initialisation meant them to be.
+
+    Nothing uninitialised goes into a run.
 
     Raises:
         RuntimeError: a parameter's standard deviation or constant is not what it should be.
@@ -127,3 +230,6 @@ def check_initialisation(model: Transformer) -> None:
             right = abs(square**0.5 / std - 1) < 5 / max(parameter.numel(), 1) ** 0.5
         if not right:
             raise RuntimeError(f"parameter {name} is not initialised as it should be")
+    for layer, block in enumerate(model.blocks):
+        if block.moe.router.select_bias is not None and block.moe.router.select_bias.any():
+            raise RuntimeError(f"select_bias of the router of layer {layer} is not initialised as it should be")

@@ -3,6 +3,7 @@
 An iteration is one optimizer step over `batch_size · grad_accum_steps` sequences a rank. Its loss is
 
     Σ nats / tokens + router_aux_coef · Σ_layers balance + router_z_coef · Σ_layers z_loss
+                    + logit_z_coef · Σ logsumexp(logits)² / tokens
 
 balance uses the expert counts of all ranks (global-batch balance), so that the number of ranks does not change the
 loss of a global batch.
@@ -24,6 +25,7 @@ from moe_engine.model import ModelOutput, Transformer
 from moe_engine.router import balance_loss, z_loss
 from moe_engine.train import parallel
 from moe_engine.train.config import TrainConfig
+from moe_engine.train.device import DTYPES
 from moe_engine.train.errors import InputError
 from moe_engine.train.optim import StepInBackward, make_optimizer, make_scaler, set_learning_rate
 from moe_engine.train.parallel import World, all_sum
@@ -33,7 +35,7 @@ from moe_engine.train.parallel import World, all_sum
 class Step:
     """What one iteration did. Tensors stay on the device; loss and router values are this rank's."""
 
-    loss: Tensor  # nats per token
+    loss: Tensor  # nats per token, with the z-loss of the logits if there is one
     balance: Tensor  # (layers)
     z: Tensor  # (layers)
     grad_norm: float
@@ -60,8 +62,17 @@ def build_model(
     except ValueError as error:
         raise InputError(f"--model.{error}") from None
     model.set_checkpointing(config.checkpointing, config.checkpoint_every)
+    parallel.cast_weights(model, DTYPES[config.param_dtype])
     if sharded:
-        parallel.shard(model, world, device, dtype)
+        parallel.shard(
+            model,
+            world,
+            device,
+            dtype,
+            replicas=config.dp_replicate,
+            reshard_after_forward=config.reshard_after_forward == "always",
+            cpu_offload=config.cpu_offload,
+        )
     return model
 
 
@@ -79,8 +90,9 @@ class Engine:
         self, config: TrainConfig, model: Transformer, world: World, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.config, self.model, self.world = config, model, world
-        self.top_k = model.config.top_k
-        self.aux_coef = config.aux_coef(model.config.num_experts)
+        self.model_config = model.config
+        self.aux_coef = config.aux_coef(model.config.num_experts, model.config.router_balance)
+        self.expert_counts: Tensor | int = 0  # (layers, E), over all ranks and the micro-steps of the present step
         self.optimizer = make_optimizer(model, config)
         in_backward = config.optimizer_in_backward
         self.in_backward = StepInBackward(model, self.optimizer, config.grad_clip) if in_backward else None
@@ -89,31 +101,44 @@ class Engine:
     def _losses(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Mean cross-entropy of a micro-batch; balance, with the expert counts of all ranks, and z-loss `(layers)`."""
         counts = all_sum(out.stats.expert_counts.clone(), self.world)
-        balance = balance_loss(out.stats, self.top_k, counts)
-        z = z_loss(out.stats, self.top_k)
+        if self.model_config.router_balance == "bias":
+            self.expert_counts = self.expert_counts + counts
+        balance = balance_loss(out.stats, self.model_config.top_k, counts)
+        z = z_loss(out.stats, self.model_config.top_k)
         return out.loss / (self.config.batch_size * self.config.block_size), balance, z
 
-    def step(self, batches: Iterable[tuple[Tensor, Tensor]], learning_rate: float) -> Step:
+    def step(self, batches: Iterable[tuple[Tensor, Tensor]], iteration: int) -> Step:
         """One optimizer step. All ranks apply it or, when a gradient is not finite, none does.
 
         With `optimizer_in_backward` that holds for each parameter and not for all together.
 
         Args:
             batches: grad_accum_steps pairs of inputs and targets, `(batch_size, block_size)` int64.
-            learning_rate: of this step.
+            iteration: steps before this one; decides the learning rate.
         """
         config = self.config
         parts: list[tuple[Tensor, ...]] = []
-        set_learning_rate(self.optimizer, learning_rate)
-        for inputs, targets in batches:
-            mean, balance, z = self._losses(self.model(inputs, targets))
+        self.expert_counts = 0
+        set_learning_rate(self.optimizer, config.learning_rate(iteration))
+        for micro_step, (inputs, targets) in enumerate(batches):
+            jitter = self._jitter(iteration * config.grad_accum_steps + micro_step)
+            mean, balance, z = self._losses(self.model(inputs, targets, z_coef=config.logit_z_coef, jitter=jitter))
             total = mean + self.aux_coef * balance.sum()
             if config.router_z_coef:
                 total = total + config.router_z_coef * z.sum()
             self.scaler.scale(total / config.grad_accum_steps).backward()
             parts.append((mean.detach(), balance.detach(), z.detach()))
         loss, balance, z = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
-        return Step(loss, balance, z, *self._update())
+        grad_norm, applied = self._update()
+        if applied and self.model_config.router_balance == "bias":
+            self.model.update_select_bias(self.expert_counts, config.router_bias_rate)
+        return Step(loss, balance, z, grad_norm, applied)
+
+    def _jitter(self, micro_steps: int) -> tuple[int, int] | None:
+        """What the model draws the routers' noise from: a sequence has the same on any rank, in any micro-step."""
+        if not self.model_config.router_jitter:
+            return None
+        return self.config.seed, (micro_steps * self.world.size + self.world.rank) * self.config.batch_size
 
     def _update(self) -> tuple[float, bool]:
         """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
@@ -122,7 +147,9 @@ class Engine:
             return grad_norm, math.isfinite(grad_norm)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # As torch.nn.utils.get_total_norm, which would give a bf16 gradient's norm in bf16.
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         grad_norm = float(parallel.whole(norm))  # global: every rank sees the same number and decides alike
         applied = math.isfinite(grad_norm)
         if applied:

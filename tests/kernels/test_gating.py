@@ -19,19 +19,24 @@ CLEAN = [kind for kind in LOGITS if kind != "nan"]
 # may be exact in the reference by luck.
 ROUNDINGS = 8
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, on NaN in the interpreter
+pytestmark = [  # numpy's, on NaN in the interpreter
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning"),
+]
 
 
-def _exact(logits, top_k, mode, dtype=torch.float64):
+def _exact(logits, top_k, mode, dtype=torch.float64, select_bias=None):
     """The same from the PyTorch backend, in Gating's order (without the offsets), on the CPU."""
-    idx, weights, stats = torch_backend.gate(logits.detach().cpu().to(dtype), top_k, mode)
+    bias = None if select_bias is None else select_bias.cpu()
+    idx, weights, stats = torch_backend.gate(logits.detach().cpu().to(dtype), top_k, mode, bias)
     return idx, weights, *stats
 
 
-def _check_forward(logits, top_k, mode):
+def _check_forward(logits, top_k, mode, select_bias=None):
     """Everything that `gate` returns, for logits without NaN."""
-    got, exact = gate(logits, top_k, mode), _exact(logits, top_k, mode)
-    same = _exact(logits, top_k, mode, torch.float32)
+    got = gate(logits, top_k, mode, select_bias)
+    exact = _exact(logits, top_k, mode, select_bias=select_bias)
+    same = _exact(logits, top_k, mode, torch.float32, select_bias)
     for name, actual, e, s in zip(Gating._fields, got[:6], exact, same, strict=False):
         if name in ("topk_idx", "expert_counts"):
             assert actual.dtype == torch.int32 and torch.equal(actual.cpu(), e), name
@@ -53,10 +58,10 @@ def _check_offsets(got, experts):
     assert offsets[0] == 0 and torch.equal(offsets[1:], counts.sum(0).cumsum(0))
 
 
-def _gradients(logits, top_k, mode, which, seed=3, function=gate):
+def _gradients(logits, top_k, mode, which, seed=3, function=gate, select_bias=None):
     """Gradient of logits from chosen outputs, given the same random gradients in any dtype."""
     logits = logits.detach().clone().requires_grad_()
-    outputs = _named(function, logits, top_k, mode)
+    outputs = _named(function, logits, top_k, mode, None if select_bias is None else select_bias.to(logits.device))
     total = 0
     for number, name in enumerate(which):
         out = outputs[name]
@@ -64,17 +69,18 @@ def _gradients(logits, top_k, mode, which, seed=3, function=gate):
     return torch.autograd.grad(total, logits)[0]
 
 
-def _named(function, logits, top_k, mode):
+def _named(function, logits, top_k, mode, select_bias):
     if function is gate:
-        return gate(logits, top_k, mode)._asdict()
-    _, weights, stats = torch_backend.gate(logits, top_k, mode)
+        return gate(logits, top_k, mode, select_bias)._asdict()
+    _, weights, stats = torch_backend.gate(logits, top_k, mode, select_bias)
     return {"topk_weights": weights, **stats._asdict()}
 
 
-def _check_gradients(logits, top_k, mode, which):
-    actual = _gradients(logits, top_k, mode, which)
-    exact = _gradients(logits.cpu().double(), top_k, mode, which, function=torch_backend.gate)
-    same = _gradients(logits.cpu().float(), top_k, mode, which, function=torch_backend.gate).to(logits.dtype)
+def _check_gradients(logits, top_k, mode, which, select_bias=None):
+    actual = _gradients(logits, top_k, mode, which, select_bias=select_bias)
+    twin = {"function": torch_backend.gate, "select_bias": select_bias}
+    exact = _gradients(logits.cpu().double(), top_k, mode, which, **twin)
+    same = _gradients(logits.cpu().float(), top_k, mode, which, **twin).to(logits.dtype)
     assert actual.dtype == logits.dtype
     assert_close(actual, exact, same, roundings=ROUNDINGS if logits.dtype == torch.float32 else 0, name="grad_logits")
     return exact, same
@@ -255,6 +261,135 @@ def test_launches_and_saved_tensors(device, launches):
         assert [launch.kernel for launch in launches] == ["_gate_fwd_kernel", "_gate_reduce_kernel", "_gate_bwd_kernel"]
 
 
+# -- a bias for choosing
+
+
+def _on_grid(values, step):
+    """Multiples of the step: logits and biases on a grid are added exactly, so that every dtype has the same ties."""
+    return torch.round(values / step) * step
+
+
+def _biased(kind, tokens, experts, seed=0, dtype=torch.float32, spread=2.0):
+    logits = _on_grid(routing_logits(kind, tokens, experts, seed=seed), 2**-10).to(dtype)
+    return logits, _on_grid(spread * normal(experts, seed=seed + 1, dtype=torch.float32), 2**-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "tokens, experts, top_k",
+    [
+        (129, 8, 2),  # one past a block
+        (1, 8, 2),  # a single token
+        (7, 1, 1),  # a single expert
+        (70, 3, 3),  # every expert chosen: the bias orders them
+        (41, 256, 8),  # the most experts and choices; two blocks of several tiles
+        (70, 60, 4),  # no power of two
+        (0, 8, 2),
+    ],
+)
+def test_forward_with_a_bias(device, mode, tokens, experts, top_k):
+    for kind in CLEAN if experts < 256 else ("balanced", "duplicates"):
+        for dtype in DTYPES if experts <= 8 else DTYPES[:1]:
+            logits, bias = _biased(kind, tokens, experts, dtype=dtype)
+            _check_forward(logits.to(device), top_k, mode, bias.to(device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_with_a_bias(device, dtype, mode):
+    for tokens, experts, top_k in ((129, 8, 2), (40, 60, 4), (33, 256, 8)):
+        logits, bias = _biased("balanced", tokens, experts, dtype=dtype)
+        which = ["topk_weights", "prob_sum", "lse_sq"]
+        assert_budget_bites(*_check_gradients(logits.to(device), top_k, mode, which, bias.to(device)))
+
+
+@given(
+    tokens=st.integers(0, 150),
+    experts=st.integers(1, 40),
+    top_k=st.integers(1, 8),
+    mode=st.sampled_from(MODES),
+    kind=st.sampled_from(CLEAN),
+    spread=st.sampled_from([0.0, 0.05, 2.0, 50.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None)
+def test_drawn_biases(device, tokens, experts, top_k, mode, kind, spread, seed):
+    logits, bias = _biased(kind, tokens, experts, seed=seed, spread=spread)
+    _check_forward(logits.to(device), min(top_k, experts), mode, bias.to(device))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bias_chooses_and_does_nothing_else(device, mode):
+    logits, bias = _biased("balanced", 140, 8)
+    plain, biased = gate(logits.to(device), 2, mode), gate(logits.to(device), 2, mode, bias.to(device))
+    assert (plain.topk_idx != biased.topk_idx).any(1).float().mean() > 0.3
+    for name in ("prob_sum", "lse_sq", "entropy"):
+        same = _exact(logits, 2, mode, torch.float32)[Gating._fields.index(name)]
+        exact = _exact(logits, 2, mode)[Gating._fields.index(name)]  # of the logits alone
+        assert_close(getattr(biased, name), exact, same, roundings=ROUNDINGS, name=name)
+    # What a bias that took part in the weights would give is told apart.
+    shifted = gate((logits + bias).to(device), 2, mode)
+    assert torch.equal(shifted.topk_idx, biased.topk_idx)
+    assert (shifted.topk_weights - biased.topk_weights).abs().max() > 0.1
+    # None and zeros choose alike, and a shift of all experts alters nothing.
+    for constant in (0.0, 3.0):
+        same_choice = gate(logits.to(device), 2, mode, torch.full((8,), constant, device=device))
+        assert torch.equal(same_choice.topk_idx, plain.topk_idx)
+        _check_forward(logits.to(device), 2, mode, torch.full((8,), constant, device=device))
+
+
+def test_equal_biased_logits_go_to_the_lower_expert(device):
+    logits, bias = torch.zeros(5, 60), torch.zeros(60)
+    logits[:, 7], bias[7], bias[3] = 1.5, -1.5, 0.25  # 7 ties with all but 3
+    got = gate(logits.to(device), 4, MODES[0], bias.to(device))
+    assert (got.topk_idx.cpu() == torch.tensor([3, 0, 1, 2])).all()
+    bias[7] = -1.25
+    assert (gate(logits.to(device), 4, MODES[0], bias.to(device)).topk_idx.cpu() == torch.tensor([3, 7, 0, 1])).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_tokens_and_infinite_logits_with_a_bias(device, mode):
+    logits, bias = _biased("nan", 140, 12)
+    logits[5] = torch.tensor([-math.inf] * 10 + [0.0, 1.0])
+    logits[6, 3] = math.inf
+    got = gate(logits.to(device), 4, mode, bias.to(device))
+    idx, weights, *_ = _exact(logits, 4, mode, select_bias=bias)
+    assert torch.equal(got.topk_idx.cpu(), idx)
+    _check_offsets(got, 12)
+    assert torch.equal(got.topk_weights.cpu().isnan(), weights.isnan())
+    assert weights[logits.isnan().any(1)].isnan().all() and weights[5].isfinite().all()
+    clean = ~weights.isnan().any(1)
+    same = _exact(logits, 4, mode, torch.float32, bias)[1]
+    assert_close(got.topk_weights.cpu()[clean], weights[clean], same[clean], roundings=ROUNDINGS)
+
+
+def test_a_bias_that_outweighs_every_logit_leaves_finite_weights(device):
+    """The chosen logits lie 200 below the largest, where the exponential of the difference is 0 in fp32."""
+    logits = torch.tensor([[200.0, 0.0, 1.0, -1.0]], device=device)
+    bias = torch.tensor([-1000.0, 0.0, 0.0, 0.0], device=device)
+    got, _, _ = _check_forward(logits, 2, MODES[0], bias)
+    assert got.topk_idx.tolist() == [[2, 1]] and got.topk_weights.sum().item() == pytest.approx(1)
+    assert (gate(logits, 2, MODES[1], bias).topk_weights == 0).all()
+
+
+def test_a_bias_takes_no_launch_and_is_not_saved(device, launches):
+    logits, bias = _biased("balanced", 140, 8)
+    logits, saved = logits.to(device).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        got = gate(logits, 2, MODES[0], bias.to(device))
+    assert sorted(saved) == [140 * 2 * 4, 140 * 2 * 4, 140 * 8 * 4]
+    (got.topk_weights.sum() + got.prob_sum[0]).backward()
+    if launches is not None:
+        assert [launch.kernel for launch in launches] == ["_gate_fwd_kernel", "_gate_reduce_kernel", "_gate_bwd_kernel"]
+
+
+def test_opcheck_with_a_bias(device):
+    logits, bias = _biased("balanced", 130, 8)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    arguments = logits.to(device).requires_grad_(), 2, True, bias.to(device)
+    torch.library.opcheck(torch.ops.moe_engine.gate.default, arguments, test_utils=checks)
+
+
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("tokens", [0, 130])
 def test_opcheck(device, renormalise, tokens):
@@ -308,6 +443,8 @@ def test_compiles_whole(device, mode, dynamic):
         ((torch.zeros(4, 16), 9, MODES[0]), "top_k: expected 1 to 8, got 9"),
         ((torch.zeros(4, 16), 0, MODES[0]), "top_k: expected 1 to 8, got 0"),
         ((torch.zeros(4, 16), 2, "softmax"), "mode: expected softmax_over_topk or softmax_then_topk, got 'softmax'"),
+        ((torch.zeros(4, 16), 2, MODES[0], torch.zeros(8)), r"select_bias: expected shape \(16,\), got \(8,\)"),
+        ((torch.zeros(4, 16), 2, MODES[0], torch.zeros(16).half()), "select_bias: expected float32, got torch.float16"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -372,3 +372,26 @@ def test_parameters_follow_the_configuration():
     }
     config = ModelConfig(64, 2, 24, 4, 2, 8, 16, attention_bias=False, attention_sinks=False)
     assert {name for name, _ in Attention(config, 0).named_parameters()} == {"qkv.weight", "out.weight"}
+
+
+@pytest.mark.parametrize("window", [0, 16, 200])
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])
+def test_many_new_tokens_after_old_ones(window, sinks):
+    """In several blocks of queries, the first of which begins anywhere: the last rows of attention over all."""
+    (q, k, v, *rest), _, _ = _inputs((1, 4, 2, 8, 1300, window), torch.float64, sinks)
+    sink = rest[0] if sinks else None
+    exact = _reference(q, k, v, sink, window)
+    for new in (1, 700, 1299, 1300):
+        out = attention._attend_cached(q[:, :, -new:], k, v, sink, window)
+        assert_close(out, exact[:, :, -new:], roundings=FP64_SUMS, name=f"{new} new tokens")
+    assert attention._attend_cached(q[:, :, :0], k, v, sink, window).shape == (1, 4, 0, 8)
+
+
+@pytest.mark.parametrize("new", [1, 2000, 4096])
+@pytest.mark.parametrize("window", [128, 0])
+def test_memory_of_cached_attention_is_linear(window, new):
+    """A prompt's end, and a whole prompt: never as many scores as tokens by tokens."""
+    (q, k, v, sinks), _, _ = _inputs((1, 1, 1, 8, 4096, window), torch.float32)
+    with LargestTensor() as largest:
+        attention._attend_cached(q[:, :, -new:], k, v, sinks, window)
+    assert 0 < largest.elements <= max(128 * 255 if window else 512 * 4096, 4096 * 8)

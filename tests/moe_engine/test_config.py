@@ -32,6 +32,10 @@ BAD_LAYER = [
     ("top_k", {"top_k": 9, "num_experts": 64}, "at most min(num_experts, 8) = 8"),
     ("activation", {"activation": "gelu"}, "one of swiglu, swiglu_oai"),
     ("gate", {"gate": "sigmoid"}, "one of softmax_over_topk, softmax_then_topk"),
+    ("router_balance", {"router_balance": "none"}, "one of loss, bias"),
+    ("router_jitter", {"router_jitter": -0.01}, "a number in [0, 1)"),
+    ("router_jitter", {"router_jitter": 1.0}, "a number in [0, 1)"),
+    ("router_jitter", {"router_jitter": math.nan}, "a number in [0, 1)"),
     ("backend", {"backend": "cuda"}, "one of auto, torch, triton"),
     ("init_std", {"init_std": 0.0}, "a positive number"),
     ("init_std", {"init_std": math.nan}, "a positive number"),
@@ -102,8 +106,11 @@ def test_the_layers_config_takes_every_expert_field_of_the_models():
         "expert_bias": False,
         "router_bias": False,
         "gate": "softmax_then_topk",
+        "router_balance": "bias",
+        "router_jitter": 0.01,
         "backend": "torch",
         "save": "x",
+        "autotune": True,
         "init_std": 0.03,
     }
     assert ModelConfig(**MODEL, **changed).moe == MoEConfig(**LAYER, **changed)

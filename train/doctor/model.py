@@ -87,7 +87,7 @@ def _run(setup: Setup) -> TinyRun:
     config = miniature(setup.model)
     bf16 = bool(setup.devices) and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return tiny_run(config, setup.config.aux_coef(config.num_experts), setup.device, dtype)
+    return tiny_run(config, setup.config.aux_coef(config.num_experts, config.router_balance), setup.device, dtype)
 
 
 def _forward_backward(setup: Setup) -> Outcome:
@@ -103,9 +103,10 @@ def _forward_backward(setup: Setup) -> Outcome:
 def _router(setup: Setup) -> Outcome:
     run, model = _run(setup), setup.model
     balance = ", ".join(f"{value:.3f}" for value in run.balance)
+    coef = setup.config.aux_coef(model.num_experts, model.router_balance)
     found = (
         f"{model.num_experts} experts, top-{model.top_k}: router_aux_coef auto is"
-        f" {setup.config.aux_coef(model.num_experts):g}; balance of a random model {balance} (1 = equal use)"
+        f" {coef:g}; balance of a random model {balance} (1 = equal use)"
     )
     if not all(math.isfinite(pull) and pull > 0 for pull in run.router_pull):
         return fail(f"{found}; the auxiliary loss has no gradient at the router's weight", _INSTALL)
