@@ -309,7 +309,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, length, -1, self.head_dim)
         turned = apply_rotary(qkv[:, :, : self.heads + self.kv_heads], rotary).transpose(1, 2)
         q, k = turned[:, : self.heads], turned[:, self.heads :]
-        v = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        # A copy: v alone is kept for backward then, and not all of qkv.
+        v = qkv[:, :, self.heads + self.kv_heads :].contiguous().transpose(1, 2)
         if cache is None:
             out = attend(q, k, v, self.sinks, self.window)
         else:

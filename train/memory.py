@@ -36,7 +36,7 @@ from moe_engine.memory import (
     measuring,
     no_launches,
 )
-from moe_engine.train import optim, parallel
+from moe_engine.train import parallel
 from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import DTYPES
 from moe_engine.train.parallel import World
@@ -134,7 +134,7 @@ def estimate(run: Run) -> Estimate:
     world, footprint = World(0, run.ranks, 0), Footprint()
     with _imagined(run.ranks) if run.sharded else nullcontext(), no_launches(_ARCH) if run.on_gpu else nullcontext():
         transformer = build_model(config, model, world, _CPU, run.dtype, sharded=run.sharded)
-        with measuring(footprint), _compiled_step():
+        with measuring(footprint), _compiled_step(config):
             transformer.to_empty(device=_CPU)
             engine = Engine(config, transformer, world, _CPU, run.dtype)
             _watch(engine, footprint)
@@ -145,12 +145,16 @@ def estimate(run: Run) -> Estimate:
 
 
 @contextmanager
-def _compiled_step() -> Iterator[None]:
-    """Let the 8-bit step, which is not compiled here, have the temporaries that it has when it is.
+def _compiled_step(config: TrainConfig) -> Iterator[None]:
+    """Stand in for the compiled step of `adamw8bit`, which cannot be traced here: two fp32 temporaries of a slice."""
+    if config.optimizer != "adamw8bit":
+        yield
+        return
 
-    Compiled it keeps two of fp32 for a slice of a parameter, as it is 16: an eighth of the slice needs the same.
-    """
-    with mock.patch.object(optim, "_SLICE", optim._SLICE // 8):
+    def temporaries(slice_: torch.Tensor, *_: object) -> None:
+        _both = [torch.empty_like(slice_, dtype=torch.float32) for _ in range(2)]
+
+    with mock.patch("torchao.optim.adam.single_param_adam", temporaries):
         yield
 
 

@@ -2,7 +2,7 @@
 
 One process trains without torch.distributed, unless it needs FSDP2's mixed precision: weights and gradients in fp32,
 compute in 16 bits. Several processes, started by torchrun, shard with FSDP2: a group per block, one for its
-router, one for the final norm with the output layer, and the root with the embedding.
+router, one for the final norm with the output layer, and one for the embedding.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def shard(
         dtype: what they compute in. Parameters keep theirs; gradients are reduced in fp32.
         replicas: whole copies of the model; each is spread over `world.size / replicas` ranks.
         reshard_after_forward: whether a block's weights are freed after its forward and gathered again for backward.
-            Routers are too small, and the head is needed too soon, to be freed; the root is never.
+            Routers are too small, and the head is needed too soon, to be freed.
         cpu_offload: keep parameters, gradients and optimizer in the host's memory.
     """
     mesh = make_mesh(world, device, replicas)
@@ -158,6 +158,9 @@ def shard(
         placement = _expert_placement(block, mesh.size(-1))
         fully_shard(block, **common, reshard_after_forward=reshard_after_forward, shard_placement_fn=placement)
     fully_shard(model.head, **common, reshard_after_forward=False)
+    if not model.config.tie_embeddings:  # else the head needs it too, and it stays with the root
+        fully_shard(model.embedding, **common)
+        model.embedding.set_unshard_in_backward(False)  # which needs the tokens only
     fully_shard(model, **common)
     if mesh.size(-1) > 1:  # else nothing is gathered, and a copy made early only takes memory
         _order_prefetches(model)
@@ -186,7 +189,8 @@ def _order_prefetches(model: Transformer) -> None:
     block only once the router of the block after it is done, behind that block's experts.
     """
     blocks = list(model.blocks)
-    model.set_modules_to_forward_prefetch([blocks[0], blocks[0].moe.router])
+    first = model if model.config.tie_embeddings else model.embedding
+    first.set_modules_to_forward_prefetch([blocks[0], blocks[0].moe.router])
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following, following.moe.router])
         following.set_modules_to_backward_prefetch([block])

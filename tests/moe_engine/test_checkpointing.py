@@ -300,7 +300,7 @@ def test_what_is_kept_is_what_the_page_lists(backend):
         assert kept("small", layer, "block", 2, 512, backend) == 2 * c.d_model
         # 2 bytes, not per token, stand for the experts' output.
         assert kept("small", layer, "selective", 2, 512, backend) == selective + 2 / 1024
-        assert kept("small", layer, "none", 2, 512, backend) > 1.5 * selective
+        assert kept("small", layer, "none", 2, 512, backend) > 1.4 * selective
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["no backward", "backward"])

@@ -111,9 +111,10 @@ def gathers(reshard, checkpointing):
     events, unshard = [], FSDPParamGroup.unshard
 
     def recorded(self, *arguments):
-        if self._all_gather_result is None and not self.is_unsharded:
+        under_way = self._all_gather_result
+        unshard(self, *arguments)
+        if self._all_gather_result is not under_way:
             events.append("gather " + (self._module_fqn or "root"))
-        return unshard(self, *arguments)
 
     def experts(name):
         def forward(module, inputs, output):
@@ -307,7 +308,7 @@ def test_experts_of_the_8b_model_fill_more_ranks_than_there_are(tmp_path):
 # -- gathers --
 
 FORWARD = [
-    "gather root",
+    "gather embedding",
     "gather blocks.0",
     "gather blocks.0.moe.router",
     "gather blocks.1",
