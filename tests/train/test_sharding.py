@@ -345,12 +345,17 @@ def test_the_next_block_is_gathered_while_one_computes(runs):
 @pytest.mark.parametrize("cpu_offload", [False, True])
 def test_every_group_is_offloaded_or_none(monkeypatch, cpu_offload):
     groups = []
-    monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: groups.append(options))
+
+    def fully_shard(module, **options):
+        module.set_unshard_in_backward = lambda _: None
+        groups.append(options)
+
+    monkeypatch.setattr(parallel, "fully_shard", fully_shard)
     monkeypatch.setattr(parallel, "make_mesh", lambda *a: SimpleNamespace(size=lambda dim: 1))
     with torch.device("meta"):
         model = Transformer(preset("tiny", num_layers=2))
     parallel.shard(model, ONE, CPU, torch.float32, cpu_offload=cpu_offload)
-    assert len(groups) == 2 * 2 + 2
+    assert len(groups) == 2 * 2 + 3
     assert {isinstance(g["offload_policy"], CPUOffloadPolicy) for g in groups} == {cpu_offload}
 
 
