@@ -138,9 +138,9 @@ def estimate(run: Run) -> Estimate:
             transformer.to_empty(device=_CPU)
             engine = Engine(config, transformer, world, _CPU, run.dtype)
             _watch(engine, footprint)
-            for iteration in range(2):
+            for iteration in range(2):  # some optimizers make their moments in the first
+                _mark_moments(engine, footprint)
                 engine.step(_batches(config), iteration)
-                footprint.mark([list(state.values()) for state in engine.optimizer.state.values()], OPTIMIZER)
     return Estimate({kind: footprint.peak[kind] for kind in KINDS}, footprint.at)
 
 
@@ -176,6 +176,10 @@ def _watch(engine: Engine, footprint: Footprint) -> None:
     engine.model.register_forward_hook(forward_ends)
     for parameter in engine.model.parameters():
         parameter.register_post_accumulate_grad_hook(gradient_is_there)
+
+
+def _mark_moments(engine: Engine, footprint: Footprint) -> None:
+    footprint.mark([list(state.values()) for state in engine.optimizer.state.values()], OPTIMIZER)
 
 
 def _batches(config: TrainConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -229,4 +233,58 @@ def next_setting(config: TrainConfig) -> str:
 
 
 def formula(run: Run) -> int:
-    return 0
+    """The peak in products of sizes: the largest of five moments of a step, from whichever micro-step is the last.
+
+    It knows what is large and forgets biases, norms and statistics. Of one token, in 16 bits: `kept` is what a block
+    keeps until its backward, `whole` what its backward needs of its forward.
+    """
+    c, config, size = run.model, run.config, run.dtype.itemsize
+    tokens, parts = config.batch_size * config.block_size, run.ranks // config.dp_replicate
+    stored = run.param_dtype.itemsize / parts
+    head = c.vocab_size * c.d_model
+    experts = 3 * c.num_experts * c.d_model * c.d_ff
+    qkv, values = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
+    block = experts + c.d_model * (qkv + values)
+    parameters = c.num_layers * block + (1 if c.tie_embeddings else 2) * head
+
+    # What is there all the time.
+    moments = 2 * (1 + 4 / 256) if config.optimizer == "adamw8bit" else 2 * run.param_dtype.itemsize
+    fixed = parameters * (stored + moments / parts)
+    gradients = 0 if config.optimizer_in_backward else parameters * stored
+    earlier = gradients if config.grad_accum_steps > 1 else 0  # of the micro-steps before
+
+    # Activations.
+    up = 2 * c.top_k * c.d_ff  # h
+    whole = tokens * size * (4 * c.d_model + qkv + 2 * values + (up if c.save == "h" else 0))
+    kept = {
+        "none": whole,
+        "selective": tokens * (size * (2 * c.d_model + qkv + (up if c.save == "h" else 0)) + 4 * c.num_experts),
+        "block": tokens * size * c.d_model,
+    }[config.checkpointing]
+    acting = -(-c.num_layers // config.checkpoint_every)
+    activations = acting * kept + (c.num_layers - acting) * whole
+
+    # Backward of the output layer: its gradient, with a chunk of logits, then with a wide copy for the reduction.
+    one_pass = not run.on_gpu and size >= 4  # see `moe_engine.loss`
+    chunk = 4 << 24 if one_pass else (size + 4) * max(1 << 25, 4096 * tokens) + 4 * tokens * c.d_model
+    wide = 4 * head if run.sharded else 0
+    ahead = size * block if parts > 1 else 0  # the copy of the next block
+    reduction = max(size * head + wide, wide * (1 + 1 / parts))  # the narrow one is free when the result is made
+    gathered = size * head if run.sharded else 0
+    at_head = earlier + activations + 2 * tokens * size * c.d_model + ahead
+    at_head += max(size * head + gathered + chunk, reduction)
+
+    # Backward of a block: its forward, gradients of rows and weights, its copy and the next, the reduction before it.
+    own = ahead + (size * block if run.sharded else 0)
+    at_once = 1 if run.on_gpu else c.num_experts  # the torch backend goes expert by expert
+    rows = tokens * size * (up / at_once + 3 * c.d_model) + size * experts * (1 if run.sharded else 0)
+    in_block = whole - kept + rows + own
+    at_last = (earlier or (0 if config.optimizer_in_backward else head * stored)) + activations + in_block + wide
+    at_first = (earlier or max(0, gradients - (block + head) * stored)) + kept + in_block
+    at_first += 4 * block if run.sharded else 0
+
+    # Backward of the embedding; at the end of it, or at the step, all gradients are there.
+    at_embedding = gradients
+    if run.sharded or not gradients:
+        at_embedding = (earlier or max(0, gradients - head * stored)) + reduction
+    return round(fixed + max(at_head, at_last, at_first, at_embedding))

@@ -20,6 +20,7 @@ from moe_engine.train.errors import InputError
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog, deterministic, read_metrics
 from moe_engine.train.parallel import World, check_initialisation, stop
+from moe_engine.train.step import Engine
 
 ONE, CPU = World(0, 1, 0), torch.device("cpu")
 BIAS = {"router_balance": "bias"}
@@ -131,6 +132,7 @@ import torch.distributed as dist
 from moe_engine.train.config import ModelOverrides, TrainConfig
 from moe_engine.train.loop import Trainer
 from moe_engine.train.parallel import World, stop
+from moe_engine.train.step import Engine
 
 values = json.loads(sys.argv[1])
 config = TrainConfig(**values | {"model": ModelOverrides(**values["model"])})
