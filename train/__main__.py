@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from moe_engine.train import config as settings
-from moe_engine.train import parallel
+from moe_engine.train import memory, parallel
 from moe_engine.train.checkpoint import Checkpoints, write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
-from moe_engine.train.device import device_name, keep_freed_memory, pick_device
+from moe_engine.train.device import device_name, keep_freed_memory, pick_device, pick_dtype
 from moe_engine.train.errors import InputError
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog
@@ -116,7 +116,8 @@ def train(config: TrainConfig) -> int:
     keep_freed_memory()
     world = World.from_environment()
     device = pick_device(config.device, world.local_rank)
-    toml = settings.to_toml(config, config.model_config(read_meta(config.data_dir).vocab_size))
+    model = config.model_config(read_meta(config.data_dir).vocab_size)
+    toml = settings.to_toml(config, model)
     checkpoint = open_run(config, toml, world)
     try:
         trainer = Trainer(config, world, device)
@@ -128,6 +129,14 @@ def train(config: TrainConfig) -> int:
                 write_atomically(log.out_dir / CONFIG_FILE, toml)
                 write_atomically(log.out_dir / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n")
             return _run(trainer, log, checkpoint)
+    except RuntimeError as error:
+        if not memory.ran_out(error):
+            raise
+        run = memory.Run(config, model, world.size, pick_dtype(config.dtype, device)[0], device.type == "cuda")
+        raise InputError(
+            f"out of memory ({str(error).splitlines()[0]}); next to try: {memory.next_setting(run)}; "
+            "the last whole checkpoint stays"
+        ) from error
     finally:
         parallel.stop()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_engine.generate import generate
 from moe_engine.model import Transformer
-from moe_engine.train import parallel
+from moe_engine.train import memory, parallel
 from moe_engine.train.checkpoint import Checkpoints
 from moe_engine.train.config import TrainConfig, auto_aux_coef
 from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
@@ -69,7 +69,7 @@ class Trainer:
         placement = {"rank": world.rank, "world_size": world.size, "device": device}
         self.loader = TrainLoader(self.train_data, config.batch_size, seed=config.seed, **placement)
         self.val_loader = ValLoader(val_data, config.batch_size, config.eval_iters, **placement)
-        self.notes = [*self.train_data.notes, *val_data.notes]
+        self.notes = [*self.train_data.notes, *val_data.notes, *self._memory_note()]
         self.model = self._build_model()
         self.engine = Engine(config, self.model, world, device, self.dtype)
         self.checkpoints = Checkpoints(Path(config.out_dir), world, config.keep_last_n)
@@ -84,17 +84,12 @@ class Trainer:
     # Building
 
     def _check_memory(self) -> None:
-        """Refuse what cannot fit: weights, gradients and optimizer, without activations.
-
-        A parameter takes 4 + 4 + 8 bytes with AdamW, 2 + 2 + 2 with bf16 weights and 8-bit moments.
-        """
+        """Refuse what cannot fit: weights, gradients and optimizer, without activations."""
         total = self.model_config.matrix_parameters()[0] + self.model_config.vocab_size * self.model_config.d_model
         copies = self.config.dp_replicate
         shared = (self.world.size if self.device.type == "cuda" else 1) / copies  # processes on a CPU share one memory
-        moments = 2 if self.config.optimizer == "adamw8bit" else 8
-        each = self.param_dtype.itemsize * (1 if self.config.optimizer_in_backward else 2) + moments
         kept_on = torch.device("cpu") if self.config.cpu_offload else self.device
-        need, have = each * total / shared, memory_total(kept_on)
+        need, have = memory.lasting_bytes(self.config) * total / shared, memory_total(kept_on)
         if need > have:
             raise InputError(
                 f"--preset {self.config.preset}: weights, gradients and optimizer of {total / 1e9:.2f} B parameters "
@@ -102,6 +97,15 @@ class Trainer:
                 f"{have / 1e9:.0f} GB; "
                 "take a smaller preset (--preset tiny trains anywhere) or more devices"
             )
+
+    def _memory_note(self) -> list[str]:
+        """The estimated peak beside the GPU's memory. A CPU's is not limited so; `moe-doctor --memory` estimates it."""
+        if self.device.type != "cuda" or not self.world.is_main:
+            return []
+        if self.config.cpu_offload:
+            return ["memory: not estimated with --cpu_offload"]
+        run = memory.Run(self.config, self.model_config, self.world.size, self.dtype, on_gpu=True)
+        return [memory.against(run, memory_total(self.device))]
 
     def _build_model(self) -> Transformer:
         """Build on meta, shard, give storage once, initialise once, check."""

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -39,6 +40,7 @@ from moe_engine.memory import (
 from moe_engine.train import parallel
 from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import DTYPES
+from moe_engine.train.errors import InputError
 from moe_engine.train.parallel import World
 from moe_engine.train.step import Engine, build_model
 
@@ -50,6 +52,11 @@ CONTEXT = 1_000_000_000
 
 _ARCH = "sm_80"  # whose tiles decide a few temporaries of the kernels
 _CPU = torch.device("cpu")  # where fake tensors are: those "on a GPU" have no backward on a machine without one
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in GB, 10⁹ of them, or MB, in three digits."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ class Estimate:
         return round(SLACK * self.total)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in self.parts.items() if size >= 5e6)
-        return f"{self.reserved / 1e9:.1f} GB per device ({parts}; {SLACK - 1:.0%} for fragments)"
+        parts = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in self.parts.items() if size > 0.001 * self.total)
+        return f"{gigabytes(self.reserved)} per device ({parts}; {SLACK - 1:.0%} for fragments)"
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,16 @@ class Run:
         return parallel.is_sharded(self.ranks, self.dtype, self.param_dtype, self.config.cpu_offload)
 
 
+def stored_bytes(config: TrainConfig) -> int:
+    """Of a parameter, in a checkpoint: the weight and AdamW's two moments."""
+    return DTYPES[config.param_dtype].itemsize + (2 if config.optimizer == "adamw8bit" else 8)
+
+
+def lasting_bytes(config: TrainConfig) -> int:
+    """Of a parameter, all through a step: weight and moments, and the gradient unless the step is in backward."""
+    return stored_bytes(config) + (0 if config.optimizer_in_backward else DTYPES[config.param_dtype].itemsize)
+
+
 @contextmanager
 def _imagined(count: int) -> Iterator[None]:
     """A process group of `count` ranks of which this is the first and the others are not there."""
@@ -124,8 +141,11 @@ def estimate(run: Run) -> Estimate:
     """Peak memory of one rank, from two iterations without data. Takes seconds; needs no GPU.
 
     Raises:
+        InputError: the run keeps weights in the host's memory, which is not counted, or kernels cannot be imported.
         RuntimeError: a process group is there already.
     """
+    if run.config.cpu_offload:
+        raise InputError("--cpu_offload: its memory is not estimated, got true")
     if dist.is_initialized():
         raise RuntimeError("memory.estimate: expected no process group, it makes one of imagined ranks")
     model = replace(run.model, backend="triton" if run.on_gpu else "torch")
@@ -207,28 +227,43 @@ def largest_batch(run: Run, capacity: float) -> int:
     return fitting
 
 
-def next_setting(config: TrainConfig) -> str:
-    """What to change first when a run does not fit, as flags: what costs least comes first."""
-    if config.reshard_after_forward != "always":
-        return "--reshard_after_forward always"
-    if config.checkpointing != "none" and config.checkpoint_every > 1:
-        return "--checkpoint_every 1"
-    if config.checkpointing == "none":
-        return "--checkpointing selective"
-    if config.checkpointing == "selective":
-        return "--checkpointing block"
-    if config.batch_size % 2 == 0 and not config.optimizer_in_backward:
-        return f"--batch_size {config.batch_size // 2} --grad_accum_steps {2 * config.grad_accum_steps}"
-    if config.dp_replicate > 1:
-        return f"--dp_replicate {config.dp_replicate // 2 or 1}"
-    if config.optimizer == "adamw":
-        return "--optimizer adamw8bit, in a new run"
-    if config.param_dtype == "float32" and config.dtype == "bfloat16":
-        return "--param_dtype bfloat16, in a new run"
-    if not config.optimizer_in_backward and config.grad_accum_steps == 1:
-        return "--optimizer_in_backward"
-    if config.batch_size > 1:
-        return f"--batch_size {config.batch_size // 2}, in a new run"
+def against(run: Run, capacity: float) -> str:
+    """A line for the log: the estimate beside the `capacity` bytes of a device, and what to change if it is above."""
+    found, usable = estimate(run), capacity - CONTEXT
+    line = f"memory: estimated {found}; it has {gigabytes(capacity)}, {gigabytes(CONTEXT)} for driver and libraries"
+    return line if found.reserved <= usable else f"{line}: too little; next to try: {next_setting(run)}"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is an allocator's that has nothing left, a GPU's or the host's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
+def next_setting(run: Run) -> str:
+    """What to change first when a run does not fit, as flags: of what helps by the formula, that which costs least."""
+    config = run.config
+    half = {"batch_size": config.batch_size // 2, "grad_accum_steps": 2 * config.grad_accum_steps}
+    new_run = ", in a new run"
+    choices: list[tuple[bool, dict[str, Any], str]] = [  # possible, changes, remark
+        (config.checkpointing == "none", {"checkpointing": "selective"}, ""),
+        (config.checkpoint_every > 1, {"checkpoint_every": 1}, ""),
+        (config.checkpointing == "selective", {"checkpointing": "block"}, ""),
+        (config.batch_size % 2 == 0 and not config.optimizer_in_backward, half, ""),
+        (config.dp_replicate > 1, {"dp_replicate": 1}, ""),
+        (config.optimizer == "adamw", {"optimizer": "adamw8bit"}, new_run),
+        (
+            config.optimizer == "adamw8bit" and run.dtype == torch.bfloat16 and config.param_dtype == "float32",
+            {"dtype": "bfloat16", "param_dtype": "bfloat16"},
+            new_run,
+        ),
+        (config.grad_accum_steps == 1, {"optimizer_in_backward": True}, ""),
+        (config.batch_size > 1, {"batch_size": config.batch_size // 2}, new_run),
+    ]
+    now = formula(run)
+    for possible, changes, remark in choices:
+        if possible and formula(replace(run, config=replace(config, **changes))) < 0.99 * now:
+            flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+            return " ".join(flags) + remark
     return "more devices, a shorter --block_size or a smaller --preset"
 
 
@@ -266,7 +301,8 @@ def formula(run: Run) -> int:
 
     # Backward of the output layer: its gradient, with a chunk of logits, then with a wide copy for the reduction.
     one_pass = not run.on_gpu and size >= 4  # see `moe_engine.loss`
-    chunk = 4 << 24 if one_pass else (size + 4) * max(1 << 25, 4096 * tokens) + 4 * tokens * c.d_model
+    logits = min(tokens * c.vocab_size, 1 << 23 if one_pass else max(1 << 25, 4096 * tokens))
+    chunk = logits * (2 * size if one_pass else size + 4) + 4 * tokens * c.d_model
     wide = 4 * head if run.sharded else 0
     ahead = size * block if parts > 1 else 0  # the copy of the next block
     reduction = max(size * head + wide, wide * (1 + 1 / parts))  # the narrow one is free when the result is made
@@ -280,8 +316,8 @@ def formula(run: Run) -> int:
     rows = tokens * size * (up / at_once + 3 * c.d_model) + size * experts * (1 if run.sharded else 0)
     in_block = whole - kept + rows + own
     at_last = (earlier or (0 if config.optimizer_in_backward else head * stored)) + activations + in_block + wide
-    at_first = (earlier or max(0, gradients - (block + head) * stored)) + kept + in_block
-    at_first += 4 * block if run.sharded else 0
+    at_first = kept + in_block + (4 * block if run.sharded else 0)
+    at_first += earlier or max(0, gradients - (head + (block if run.sharded else 0)) * stored)
 
     # Backward of the embedding; at the end of it, or at the step, all gradients are there.
     at_embedding = gradients

@@ -89,13 +89,14 @@ class Setup:
     Attributes:
         config: what `moe-train` would run with.
         deep: whether to read every byte of the data.
+        memory: whether to estimate the memory of a step.
         devices: the visible GPUs; empty where a CPU would train.
         meta: the contents of meta.json; where `meta_error` is not None, a stand-in that lets the .npy shards be
             looked at all the same.
     """
 
-    def __init__(self, config: TrainConfig, deep: bool = False) -> None:
-        self.config, self.deep = config, deep
+    def __init__(self, config: TrainConfig, deep: bool = False, memory: bool = False) -> None:
+        self.config, self.deep, self.memory = config, deep, memory
         self.data_dir = Path(config.data_dir)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         self.devices = [torch.device("cuda", i) for i in range(count)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_engine.presets import PRESETS
 from moe_engine.train.cli import run_command
-from moe_engine.train.config import TrainConfig, resolve
+from moe_engine.train.config import TrainConfig, read_toml, resolve
 from moe_engine.train.doctor.check import Result, Setup
 from moe_engine.train.doctor.data import data_checks
 from moe_engine.train.doctor.machine import machine_checks
@@ -27,18 +27,21 @@ class DoctorConfig:
     """The options of `moe-doctor`; those of a run that are not given are the preset's."""
 
     data_dir: str = option(help="folder with tokenized data")
-    preset: str = option("8b", "model size that is to be trained", choices=tuple(PRESETS))
+    config: str | None = option(None, "TOML file of moe-train; the options given here come before it")
+    preset: str | None = option(None, "model size that is to be trained [default: 8b]", choices=tuple(PRESETS))
     batch_size: int | None = option(None, "sequences per device and micro-step [default: the preset's]")
     block_size: int | None = option(None, "context length in tokens [default: the preset's]")
     grad_accum_steps: int | None = option(None, "micro-steps per optimizer step [default: the preset's]")
     out_dir: str | None = option(None, "run folder, for the check of the disk [default: the preset's]")
+    memory: bool = option(False, "estimate the peak memory of a training step, not only of what lasts; takes seconds")
     deep: bool = option(False, "read everything: every shard against its checksum, every token id")
     json: bool = option(False, "print one JSON object and nothing else")
 
     def train_config(self) -> TrainConfig:
         """What `moe-train` would run with, given these options. Raises InputError for a value out of range."""
         names = {field.name for field in fields(TrainConfig)}
-        return resolve({k: v for k, v in asdict(self).items() if k in names and v is not None})
+        given = {k: v for k, v in asdict(self).items() if k in names and v is not None}
+        return resolve(given, read_toml(self.config) if self.config else {})
 
 
 class Screen:
@@ -81,7 +84,7 @@ def doctor(config: DoctorConfig) -> int:
     """Run all checks and report; returns the exit status."""
     begin = time.perf_counter()
     train_config = config.train_config()
-    setup, screen = Setup(train_config, config.deep), Screen(quiet=config.json)
+    setup, screen = Setup(train_config, config.deep, config.memory), Screen(quiet=config.json)
     results = []
     for check in [*machine_checks(), *data_checks(config.deep), *model_checks()]:
         with screen.busy(check.name):
@@ -98,7 +101,7 @@ def doctor(config: DoctorConfig) -> int:
             "warned": counts["WARN"],
             "failed": counts["FAIL"],
             "data_dir": config.data_dir,
-            "preset": config.preset,
+            "preset": train_config.preset,
             "deep": config.deep,
             "seconds": round(seconds, 3),
         }

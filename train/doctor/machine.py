@@ -13,14 +13,13 @@ import torch
 
 from moe_engine.config import ModelConfig
 from moe_engine.presets import PRESETS, preset
-from moe_engine.train.device import device_name, memory_total
+from moe_engine.train.device import device_name, memory_total, pick_dtype
 from moe_engine.train.doctor.check import Check, Outcome, Setup, fail, passed, warn
+from moe_engine.train.memory import CONTEXT, Run, estimate, lasting_bytes, next_setting, stored_bytes
 
 # Kept equal to pyproject.toml's by a test; triton comes with torch, or not at all.
 FLOORS = {"python": (3, 11), "torch": (2, 11), "triton": (3, 6)}
 
-_BYTES_TRAINING = 16  # a parameter: fp32 weight, gradient and AdamW's two moments
-_BYTES_CHECKPOINT = 12  # the same without the gradient
 _NEEDED = {"tensorboard": "TensorBoard events", "matplotlib": "plots"}
 _FOR_PREPARE = {"zstandard": ".zst input", "datasets": "--source fineweb-edu"}
 
@@ -102,10 +101,12 @@ def _devices(setup: Setup) -> Outcome:
 
 
 def _memory(setup: Setup) -> Outcome:
-    """Weights, gradients and optimizer against the smallest device; activations come on top and are not counted."""
+    """What lasts through a step against the smallest device, or with --memory the peak of one, activations and all."""
     have = min(memory_total(device) for device in setup.devices or [setup.device])
-    count, name = count_parameters(setup.model), setup.config.preset
-    need = _BYTES_TRAINING * count / setup.ranks
+    if setup.memory:
+        return _step_memory(setup, have)
+    count, name, each = count_parameters(setup.model), setup.config.preset, lasting_bytes(setup.config)
+    need = each * count / setup.ranks
     where = f"on each of {setup.ranks} devices" if setup.ranks > 1 else "on one device"
     found = (
         f"{name}: {count / 1e6:,.1f} M parameters take {need / 1e9:,.2f} GB {where} before activations;"
@@ -113,11 +114,25 @@ def _memory(setup: Setup) -> Outcome:
     )
     if need <= have:
         return passed(found)
-    fitting = [n for n in PRESETS if _BYTES_TRAINING * count_parameters(preset(n)) / setup.ranks <= have]
+    fitting = [n for n in PRESETS if each * count_parameters(preset(n)) / setup.ranks <= have]
     advice = [f"--preset {fitting[-1]} fits"] if fitting else []
     if setup.devices:
-        advice.append(f"{name} needs at least {-(-_BYTES_TRAINING * count // have)} devices like this")
+        advice.append(f"{name} needs at least {-(-each * count // have)} devices like this")
     return warn(found, "; ".join(advice) or "free memory, or take a larger machine")
+
+
+def _step_memory(setup: Setup, have: float) -> Outcome:
+    dtype, _ = pick_dtype(setup.config.dtype, setup.device)
+    run = Run(setup.config, setup.model, setup.ranks, dtype, on_gpu=bool(setup.devices))
+    estimated = estimate(run)
+    usable = have - CONTEXT if setup.devices else have
+    found = (
+        f"{setup.config.preset}, {setup.config.batch_size} × {setup.config.block_size} tokens: {estimated};"
+        f" {'it has' if setup.devices else 'available here:'} {have / 1e9:,.1f} GB"
+    )
+    if estimated.reserved <= usable:
+        return passed(found)
+    return warn(found, f"train with {next_setting(run)}; moe-bench memory shows what fits")
 
 
 def _packages(setup: Setup) -> Outcome:
@@ -144,7 +159,7 @@ def _disk(setup: Setup) -> Outcome:
         return fail(f"--out_dir {out_dir}: {place} is a file", "choose another --out_dir")
     if not os.access(place, os.W_OK | os.X_OK):
         return fail(f"--out_dir {out_dir}: {place} cannot be written to", "choose another --out_dir")
-    free, size = shutil.disk_usage(place).free, _BYTES_CHECKPOINT * count_parameters(setup.model)
+    free, size = shutil.disk_usage(place).free, stored_bytes(setup.config) * count_parameters(setup.model)
     kept = setup.config.keep_last_n + 1  # and the best one
     found = (
         f"{free / 1e9:,.1f} GB free at {out_dir}; a checkpoint of preset {setup.config.preset} takes"
