@@ -72,11 +72,12 @@ def _run(config: TrainConfig, ranks: int) -> tuple[memory.Run, memory.Estimate]:
 
 def _line(run: memory.Run, found: memory.Estimate) -> str:
     formula = memory.formula(run)
-    parts = "  ".join(f"{kind} {found.parts[kind] / 1e9:.2f}" for kind in KINDS)
+    size = memory.gigabytes
+    parts = ", ".join(f"{kind} {size(found.parts[kind])}" for kind in KINDS)
     return (
         f"  {parts}\n"
-        f"  total {found.total / 1e9:.2f}, with {memory.SLACK - 1:.0%} for fragments {found.reserved / 1e9:.2f}; "
-        f"peak at {found.at}; formula {formula / 1e9:.2f} ({formula / found.total - 1:+.1%})"
+        f"  total {size(found.total)}, with {memory.SLACK - 1:.0%} for fragments {size(found.reserved)}; "
+        f"peak at {found.at}; formula {size(formula)} ({formula / found.total - 1:+.1%})"
     )
 
 
@@ -128,8 +129,8 @@ def one_run(config: TrainConfig, ranks: int, memory_gb: float | None, output: st
     run, found = _run(config, ranks)
     print(
         f"{config.preset}, {config.batch_size} × {config.block_size} tokens, "
-        f"{str(run.dtype).removeprefix('torch.')}, {ranks} device{'s' * (ranks > 1)}: {found.reserved / 1e9:.1f} GB "
-        f"per device\n{_line(run, found)}",
+        f"{str(run.dtype).removeprefix('torch.')}, {ranks} device{'s' * (ranks > 1)}: "
+        f"{memory.gigabytes(found.reserved)} per device\n{_line(run, found)}",
         flush=True,
     )
     largest = None

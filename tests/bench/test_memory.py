@@ -55,7 +55,18 @@ def test_the_guides_table_is_kept(tmp_path, capsys):
 
 def test_one_run_and_the_largest_batch_that_fits(tmp_path, capsys):
     output = tmp_path / "memory.jsonl"
-    flags = ["--preset", "tiny", "--device", "cpu", "--batch_size", "2", "--block_size", "64", "--model.num_layers", "1"]
+    flags = [
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
+        "--block_size",
+        "64",
+        "--model.num_layers",
+        "1",
+    ]
     assert memory.main([*flags, "--memory_gb", "0.1", "--output", str(output)]) == 0
     (result,) = map(json.loads, output.read_text(encoding="utf-8").splitlines())
     out = capsys.readouterr().out

@@ -27,11 +27,11 @@ class DoctorConfig:
     """The options of `moe-doctor`; those of a run that are not given are the preset's."""
 
     data_dir: str = option(help="folder with tokenized data")
-    config: str | None = option(None, "TOML file of moe-train; the options given here come before it")
     preset: str | None = option(None, "model size that is to be trained [default: 8b]", choices=tuple(PRESETS))
     batch_size: int | None = option(None, "sequences per device and micro-step [default: the preset's]")
     block_size: int | None = option(None, "context length in tokens [default: the preset's]")
     grad_accum_steps: int | None = option(None, "micro-steps per optimizer step [default: the preset's]")
+    config: str | None = option(None, "TOML file of moe-train; the options given here come before it")
     out_dir: str | None = option(None, "run folder, for the check of the disk [default: the preset's]")
     memory: bool = option(False, "estimate the peak memory of a training step, not only of what lasts; takes seconds")
     deep: bool = option(False, "read everything: every shard against its checksum, every token id")
