@@ -132,7 +132,7 @@ def host_offsets(expert_offsets: Tensor, num_rows: int) -> list[int]:
     return expert_offsets.tolist()
 
 
-def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any], threads: int) -> None:
+def side_by_side(work: Callable[[Any], None], parts: Iterable[Any], threads: int) -> None:
     """Call `work` with every part, on as many threads of one core each; what a part gives does not depend on where."""
     # Autocast is each thread's own, and off in a new one.
     inference = torch.is_inference_mode_enabled()
@@ -162,7 +162,7 @@ def _for_each_expert(
     largest = max((rows.stop - rows.start for _, rows in groups), default=0)
     if _worth_threads(expert_offsets, num_rows * width) and largest * threads <= 2 * offsets[-1]:
         groups.sort(key=lambda group: group[1].start - group[1].stop)  # the largest first: threads end together
-        _side_by_side(lambda group: work(*group), groups, threads)
+        side_by_side(lambda group: work(*group), groups, threads)
     else:
         with without_autocast(expert_offsets):
             for group in groups:
@@ -190,7 +190,7 @@ def _sum_over_slots(rows: Tensor, permutation: Tensor, top_k: int) -> Tensor:
     if _worth_threads(
         rows, rows.numel()
     ):  # on the experts' threads: those of PyTorch would spin for a while, in their way
-        _side_by_side(add, _blocks(out), torch.get_num_threads())
+        side_by_side(add, _blocks(out), torch.get_num_threads())
     else:
         add(slice(None))
     return out

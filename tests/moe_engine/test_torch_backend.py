@@ -121,5 +121,5 @@ def test_a_thread_of_experts_computes_on_one_core():
         torch.ones(1 << 17).add_(1)  # enough to be shared
         numbers.add(torch.get_num_threads())
 
-    torch_backend._side_by_side(look, range(6), 3)
+    torch_backend.side_by_side(look, range(6), 3)
     assert numbers == {1} and torch.get_num_threads() == 3
