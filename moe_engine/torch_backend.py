@@ -175,21 +175,24 @@ def _worth_threads(tensor: Tensor, size: int) -> bool:
     return tensor.device.type == "cpu" and torch.get_num_threads() > 1 and size >= 1 << 18
 
 
-def _sum_over_slots(rows: Tensor, permutation: Tensor, top_k: int) -> Tensor:
-    """Sorted rows back to their tokens: `(N, D)` → `(T, D)`, added in the order of a token's slots."""
+def _sum_over_slots(rows: Tensor, topk_weights: Tensor, permutation: Tensor) -> Tensor:
+    """Sorted rows back to their tokens: `(N, D)` → `(T, D)`, weighted and added in the order of a token's slots.
+
+    The sum is taken in the accumulation dtype, and rounded to that of the rows once.
+    """
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
-    slots = inverse.view(-1, top_k).t().contiguous()
-    out = rows.new_empty(slots.shape[1], rows.shape[1])
+    slots = inverse.view(topk_weights.shape).t().contiguous()
+    out = rows.new_empty(topk_weights.shape[0], rows.shape[1])
 
     def add(tokens: slice) -> None:
-        total = torch.index_select(rows, 0, slots[0, tokens], out=out[tokens])
-        for k in range(1, top_k):
-            total += rows.index_select(0, slots[k, tokens])
+        weights = topk_weights[tokens].to(_accumulate_dtype(rows.dtype))
+        total = rows.index_select(0, slots[0, tokens]) * weights[:, :1]
+        for k in range(1, len(slots)):
+            total.addcmul_(rows.index_select(0, slots[k, tokens]), weights[:, k : k + 1])
+        out[tokens] = total
 
-    if _worth_threads(
-        rows, rows.numel()
-    ):  # on the experts' threads: those of PyTorch would spin for a while, in their way
+    if _worth_threads(rows, rows.numel()):  # on the experts' threads: PyTorch's would spin for a while, in their way
         side_by_side(add, _blocks(out), torch.get_num_threads())
     else:
         add(slice(None))
@@ -301,19 +304,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
     token_of = permutation // top_k  # of a sorted row
-    scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
     h = x.new_empty(permutation.numel() if save == "h" else 0, w_up.shape[2])
-    y = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
+    y = x.new_empty(permutation.numel(), x.shape[1])
 
     def work(e: int, rows: slice) -> None:
         h_e = _up_projection(x.index_select(0, token_of[rows]), w_up, b_up, e, h[rows] if save == "h" else None)
-        y_e = torch.mm(_activation(h_e, act), w_down[e])
+        y_e = torch.mm(_activation(h_e, act), w_down[e], out=y[rows])
         if b_down is not None:
             y_e += b_down[e]
-        torch.mul(y_e, scale_of[rows], out=y[rows])
 
     _for_each_expert(expert_offsets, permutation.numel(), w_up.shape[2], work)
-    return _sum_over_slots(y, permutation, top_k).to(x.dtype), h
+    return _sum_over_slots(y, topk_weights, permutation), h
 
 
 @_forward.register_fake
@@ -341,7 +342,7 @@ def _backward(
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
     token_of = permutation // top_k
     scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
-    grad_rows = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
+    grad_rows = x.new_empty(permutation.numel(), x.shape[1])
     grad_scale = torch.empty(permutation.numel(), dtype=topk_weights.dtype, device=x.device)
     grad_w_up, grad_w_down = torch.empty_like(w_up), torch.empty_like(w_down)
     grad_b_up = torch.empty_like(b_up) if b_up is not None else w_up.new_empty(0)
@@ -355,7 +356,7 @@ def _backward(
         if b_down is not None:
             grad_scale_e += torch.mv(grad_e, b_down[e])
         grad_scale[rows] = grad_scale_e
-        torch.mul(torch.mm(grad_h, w_up[e].t()), scale_of[rows], out=grad_rows[rows])
+        torch.mm(grad_h, w_up[e].t(), out=grad_rows[rows])
         scale = scale_of[rows].to(x.dtype)
         torch.mm(a.t(), grad_e.mul_(scale), out=grad_w_down[e])
         torch.mm(x_e.mul_(scale).t(), grad_h, out=grad_w_up[e])
@@ -368,7 +369,7 @@ def _backward(
         for grad in (grad_w_up, grad_b_up, grad_w_down, grad_b_down):
             if grad.numel():
                 grad[e] = 0
-    grad_x = _sum_over_slots(grad_rows, permutation, top_k).to(x.dtype)
+    grad_x = _sum_over_slots(grad_rows, topk_weights, permutation)
     grad_topk_weights = torch.empty_like(topk_weights)
     grad_topk_weights.view(-1)[permutation] = grad_scale
     return [grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights]
