@@ -18,7 +18,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -123,7 +123,12 @@ def check_available() -> None:
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads that each compute on one core; `process` keys it, since threads do not survive a fork."""
-    pool = ThreadPoolExecutor(threads, "experts", initializer=torch.set_num_threads, initargs=(1,))
+
+    def start() -> None:
+        torch.get_num_threads()  # at its first look a thread takes the process's number; only then can it have its own
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(threads, "experts", initializer=start)
     started = threading.Barrier(threads)
     list(pool.map(lambda _: started.wait(), range(threads)))  # the initializer has run in every one of them
     torch.set_num_threads(threads)  # set_num_threads is a thread's own, but it is also what later threads start from
@@ -135,14 +140,25 @@ def host_offsets(expert_offsets: Tensor, num_rows: int) -> list[int]:
     return expert_offsets.tolist()
 
 
+def side_by_side(work: Callable[[Any], None], parts: Iterable[Any], threads: int) -> None:
+    """Call `work` with every part, on as many threads of one core each; what a part gives does not depend on where."""
+    # Autocast is each thread's own, and off in a new one.
+    inference = torch.is_inference_mode_enabled()
+
+    def detached(part: Any) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
+            work(part)
+
+    list(_pool(threads, os.getpid()).map(detached, parts))
+
+
 def _for_each_expert(
     expert_offsets: Tensor, num_rows: int, width: int, work: Callable[[int, slice], None]
 ) -> list[int]:
     """Call `work(expert, rows)` for every expert that owns rows; returns the others.
 
     On a CPU, experts are computed side by side, one thread each, when there is enough work and no expert holds most of
-    it: single-threaded GEMMs waste less than shared ones, and everything between them runs in parallel too. What an
-    expert computes does not depend on where it ran.
+    it: single-threaded GEMMs waste less than shared ones, and everything between them runs in parallel too.
 
     Args:
         num_rows, width: of h, whose size is the measure of the work.
@@ -152,36 +168,53 @@ def _for_each_expert(
     idle = [e for e, (begin, end) in enumerate(pairwise(offsets)) if end == begin]
     threads = torch.get_num_threads()
     largest = max((rows.stop - rows.start for _, rows in groups), default=0)
-    side_by_side = (
-        expert_offsets.device.type == "cpu" and num_rows * width >= 1 << 18 and largest * threads <= 2 * offsets[-1]
-    )
-    if threads == 1 or not side_by_side:
+    if _worth_threads(expert_offsets, num_rows * width) and largest * threads <= 2 * offsets[-1]:
+        groups.sort(key=lambda group: group[1].start - group[1].stop)  # the largest first: threads end together
+        side_by_side(lambda group: work(*group), groups, threads)
+    else:
         with without_autocast(expert_offsets):
             for group in groups:
                 work(*group)
-        return idle
-
-    # Autocast is each thread's own, and off in a new one.
-    inference = torch.is_inference_mode_enabled()
-
-    def detached(group: tuple[int, slice]) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
-            work(*group)
-
-    groups.sort(key=lambda group: group[1].start - group[1].stop)  # the largest first, so that threads end together
-    list(_pool(threads, os.getpid()).map(detached, groups))
     return idle
 
 
-def _sum_over_slots(rows: Tensor, permutation: Tensor, top_k: int) -> Tensor:
-    """Sorted rows back to their tokens: `(N, D)` → `(T, D)`, added in the order of a token's slots."""
+def _worth_threads(tensor: Tensor, size: int) -> bool:
+    """Whether work on so many values of a tensor's device is worth handing to threads."""
+    return tensor.device.type == "cpu" and torch.get_num_threads() > 1 and size >= 1 << 18
+
+
+def _sum_over_slots(rows: Tensor, topk_weights: Tensor, permutation: Tensor) -> Tensor:
+    """Sorted rows back to their tokens: `(N, D)` → `(T, D)`, weighted and added in the order of a token's slots.
+
+    The sum is taken in the accumulation dtype, and rounded to that of the rows once.
+    """
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
-    slots = inverse.view(-1, top_k)
-    out = rows.index_select(0, slots[:, 0])
-    for k in range(1, top_k):
-        out += rows.index_select(0, slots[:, k])
+    slots = inverse.view(topk_weights.shape).t().contiguous()
+    out = rows.new_empty(topk_weights.shape[0], rows.shape[1])
+
+    def add(tokens: slice) -> None:
+        weights = topk_weights[tokens].to(_accumulate_dtype(rows.dtype))
+        total = rows.index_select(0, slots[0, tokens]) * weights[:, :1]
+        for k in range(1, len(slots)):
+            total.addcmul_(rows.index_select(0, slots[k, tokens]), weights[:, k : k + 1])
+        out[tokens] = total
+
+    if _worth_threads(rows, rows.numel()):  # on the experts' threads: PyTorch's would spin for a while, in their way
+        side_by_side(add, _blocks(out), torch.get_num_threads())
+    else:
+        add(slice(None))
     return out
+
+
+def _blocks(tensor: Tensor) -> list[slice]:
+    """Rows of a matrix by the 128 Ki values, so that a few passes over as many find them in a core's L2 cache.
+
+    On another device all of them: it has other caches, and a launch costs more there.
+    """
+    rows, width = tensor.shape
+    step = max(1, (1 << 17) // width) if tensor.device.type == "cpu" else max(1, rows)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 def _split(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +224,16 @@ def _split(h: Tensor) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
+def _interleave(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """The inverse of `_split`, into out: complex numbers lie in memory as pairs do, and are written in one pass."""
+    if out.dtype == gate.dtype:
+        torch.complex(gate, up, out=torch.view_as_complex(out.view(*gate.shape, 2)))
+    else:
+        out.copy_(torch.view_as_real(torch.complex(gate, up)).flatten(1))
+
+
 def _reaches(h: Tensor, limit: float) -> bool:
-    """Whether a value lies beyond ±limit or is NaN: only then are there bounds to apply."""
+    """Whether a value lies beyond ±limit or is NaN: only then does a gradient stop at the bounds."""
     if limit == math.inf:
         return False
     low, high = torch.aminmax(h)
@@ -202,44 +243,49 @@ def _reaches(h: Tensor, limit: float) -> bool:
 def _factors(h: Tensor, act: Activation) -> tuple[Tensor, Tensor, Tensor]:
     """`g·σ(alpha·g)`, `σ(alpha·g)` and `u + offset`, each `(n, F)`."""
     gate, up = _split(h)
-    if _reaches(h, act.limit):
+    if act.limit != math.inf:
         gate.clamp_(max=act.limit)
         up.clamp_(-act.limit, act.limit)
     if act.offset:
         up.add_(act.offset)
-    s = torch.sigmoid(gate if act.alpha == 1 else gate * act.alpha)
+    s = torch.sigmoid(gate) if act.alpha == 1 else (gate * act.alpha).sigmoid_()
     return gate.mul_(s), s, up
 
 
 def _activation(h: Tensor, act: Activation) -> Tensor:
     """a = g·σ(alpha·g)·(u + offset), `(n, 2F)` → `(n, F)`."""
-    gated, _, up = _factors(h, act)
-    return gated.mul_(up).to(h.dtype)
+    a = h.new_empty(h.shape[0], h.shape[1] // 2)
+    for rows in _blocks(a):
+        gated, _, up = _factors(h[rows], act)
+        torch.mul(gated, up, out=a[rows])
+    return a
 
 
 def _activation_backward(h: Tensor, grad_a: Tensor, act: Activation) -> tuple[Tensor, Tensor, Tensor]:
     """What backward needs of the activation.
 
     Args:
-        h: `(n, 2F)`; grad_a: `(n, F)`.
+        h: `(n, 2F)`; grad_a: `(n, F)`, whose memory `a` takes over.
     Returns:
         a `(n, F)`, grad_h `(n, 2F)`, and ⟨grad_a, a⟩ `(n)` in the accumulation dtype.
     """
-    gated, s, up = _factors(h, act)
-    grad_a = grad_a.to(gated.dtype)
-    a = gated * up
-    grad_scale = torch.linalg.vecdot(a, grad_a)
-    grad_h = torch.empty_like(h)
-    pairs = grad_h.view(h.shape[0], -1, 2)
-    pairs[..., 1] = gated * grad_a
-    # d(g·σ(αg))/dg = σ + α·g·σ·(1 − σ) = σ + α·gated − α·gated·σ
-    slope = torch.addcmul(s, gated, s, value=-act.alpha).add_(gated, alpha=act.alpha)
-    pairs[..., 0] = slope.mul_(up).mul_(grad_a)
-    if _reaches(h, act.limit):  # no gradient beyond the bounds; at a bound itself it passes
-        values = h.view_as(pairs)
-        pairs[..., 0].masked_fill_(values[..., 0] > act.limit, 0)
-        pairs[..., 1].masked_fill_(values[..., 1].abs() > act.limit, 0)
-    return a.to(h.dtype), grad_h, grad_scale
+    a, grad_h = grad_a, torch.empty_like(h)
+    grad_scale = h.new_empty(h.shape[0], dtype=_accumulate_dtype(h.dtype))
+    for rows in _blocks(grad_a):
+        gated, s, up = _factors(h[rows], act)
+        grad = grad_a[rows].to(gated.dtype)
+        grad_gated = up * grad
+        torch.linalg.vecdot(gated, grad_gated, out=grad_scale[rows])
+        # d(g·σ(αg))/dg = σ + α·g·σ·(1 − σ) = σ + α·gated − α·gated·σ
+        grad_gate = torch.addcmul(s, gated, s, value=-act.alpha).add_(gated, alpha=act.alpha).mul_(grad_gated)
+        grad_up = torch.mul(gated, grad, out=grad_gated)
+        torch.mul(gated, up, out=a[rows])
+        if _reaches(h[rows], act.limit):  # no gradient beyond the bounds; at a bound itself it passes
+            values = h[rows].view(*gated.shape, 2)
+            grad_gate.masked_fill_(values[..., 0] > act.limit, 0)
+            grad_up.masked_fill_(values[..., 1].abs() > act.limit, 0)
+        _interleave(grad_gate, grad_up, grad_h[rows])
+    return a, grad_h, grad_scale
 
 
 def _up_projection(x: Tensor, w_up: Tensor, b_up: Tensor | None, expert: int, out: Tensor | None) -> Tensor:
@@ -266,19 +312,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
     token_of = permutation // top_k  # of a sorted row
-    scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
     h = x.new_empty(permutation.numel() if save == "h" else 0, w_up.shape[2])
-    y = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
+    y = x.new_empty(permutation.numel(), x.shape[1])
 
     def work(e: int, rows: slice) -> None:
         h_e = _up_projection(x.index_select(0, token_of[rows]), w_up, b_up, e, h[rows] if save == "h" else None)
-        y_e = torch.mm(_activation(h_e, act), w_down[e])
+        y_e = torch.mm(_activation(h_e, act), w_down[e], out=y[rows])
         if b_down is not None:
             y_e += b_down[e]
-        torch.mul(y_e, scale_of[rows], out=y[rows])
 
     _for_each_expert(expert_offsets, permutation.numel(), w_up.shape[2], work)
-    return _sum_over_slots(y, permutation, top_k).to(x.dtype), h
+    return _sum_over_slots(y, topk_weights, permutation), h
 
 
 @_forward.register_fake
@@ -306,7 +350,7 @@ def _backward(
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
     token_of = permutation // top_k
     scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
-    grad_rows = x.new_empty(permutation.numel(), x.shape[1], dtype=_accumulate_dtype(x.dtype))
+    grad_rows = x.new_empty(permutation.numel(), x.shape[1])
     grad_scale = torch.empty(permutation.numel(), dtype=topk_weights.dtype, device=x.device)
     grad_w_up, grad_w_down = torch.empty_like(w_up), torch.empty_like(w_down)
     grad_b_up = torch.empty_like(b_up) if b_up is not None else w_up.new_empty(0)
@@ -320,7 +364,7 @@ def _backward(
         if b_down is not None:
             grad_scale_e += torch.mv(grad_e, b_down[e])
         grad_scale[rows] = grad_scale_e
-        torch.mul(torch.mm(grad_h, w_up[e].t()), scale_of[rows], out=grad_rows[rows])
+        torch.mm(grad_h, w_up[e].t(), out=grad_rows[rows])
         scale = scale_of[rows].to(x.dtype)
         torch.mm(a.t(), grad_e.mul_(scale), out=grad_w_down[e])
         torch.mm(x_e.mul_(scale).t(), grad_h, out=grad_w_up[e])
@@ -333,7 +377,7 @@ def _backward(
         for grad in (grad_w_up, grad_b_up, grad_w_down, grad_b_down):
             if grad.numel():
                 grad[e] = 0
-    grad_x = _sum_over_slots(grad_rows, permutation, top_k).to(x.dtype)
+    grad_x = _sum_over_slots(grad_rows, topk_weights, permutation)
     grad_topk_weights = torch.empty_like(topk_weights)
     grad_topk_weights.view(-1)[permutation] = grad_scale
     return [grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights]

@@ -86,3 +86,40 @@ def test_opcheck_of_backward(biases, save):
     h = normal(18 if save == "h" else 0, 40, dtype=torch.float32)
     args = (torch.ones_like(x), x, h, *others)
     torch.library.opcheck(torch.ops.moe_engine.expert_mlp_torch_backward.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activation_in_blocks(activation, dtype, monkeypatch):
+    act, h, grad_a = ACTIVATIONS[activation], 5 * normal(7, 40, dtype=dtype), normal(7, 20, seed=1, dtype=dtype)
+    monkeypatch.setattr(torch_backend, "_blocks", lambda rows: [slice(0, 3), slice(3, 6), slice(6, 7)])
+    a, grad_h, grad_scale = torch_backend._activation_backward(h, grad_a.clone(), act)
+    assert torch.equal(a, torch_backend._activation(h, act))
+    exact_h = h.double().requires_grad_()
+    exact = reference.gated_activation(exact_h, act)
+    (exact_grad,) = torch.autograd.grad(exact, exact_h, grad_a.double())
+    roundings = FP64_SUMS if dtype == torch.float64 else 8
+    assert_close(a, exact.detach(), roundings=roundings)
+    assert_close(grad_h, exact_grad, roundings=roundings)
+    assert_close(grad_scale, (grad_a.double() * exact.detach()).sum(1), roundings=roundings)
+
+
+@pytest.mark.parametrize("rows, width", [(0, 8), (1, 8), (5, 1 << 18), (1000, 1 << 10), (1024, 1 << 10)])
+def test_blocks_are_all_rows_once(rows, width):
+    blocks = torch_backend._blocks(torch.empty(1, 1).expand(rows, width))
+    assert [row for block in blocks for row in range(rows)[block]] == list(range(rows))
+    assert all((block.stop - block.start) * width <= max(width, 1 << 17) for block in blocks)
+    assert len(torch_backend._blocks(torch.empty(max(rows, 1), width, device="meta"))) == 1
+
+
+def test_a_thread_of_experts_computes_on_one_core():
+    """At its first parallel operation a thread would take the process's number of threads, and each have a team."""
+    torch.set_num_threads(3)
+    numbers: set[int] = set()
+
+    def look(_: int) -> None:
+        torch.ones(1 << 17).add_(1)  # enough to be shared
+        numbers.add(torch.get_num_threads())
+
+    torch_backend.side_by_side(look, range(6), 3)
+    assert numbers == {1} and torch.get_num_threads() == 3
