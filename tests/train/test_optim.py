@@ -86,13 +86,13 @@ def test_steps_in_backward_are_the_ordinary_ones_to_the_last_bit(trainer, kind, 
 
 def test_there_is_never_more_than_one_gradient(trainer, monkeypatch):
     one = trainer(optimizer_in_backward=True)
-    parameters, step, alive = list(one.model.parameters()), one.optimizer.step, []
+    parameters, step, alive = list(one.model.parameters()), one.engine.optimizer.step, []
 
     def counted():
         alive.append(sum(p.grad is not None for p in parameters))
         step()
 
-    monkeypatch.setattr(one.optimizer, "step", counted)
+    monkeypatch.setattr(one.engine.optimizer, "step", counted)
     one.train_step()
     assert alive == [1] * len(parameters) and all(p.grad is None for p in parameters)
 
@@ -378,7 +378,7 @@ def test_the_compiled_step_is_the_eager_one(trainer, torchao):
         weight = one.model.get_parameter("blocks.0.moe.w_up")
         weight.grad = torch.full_like(weight, 0.5) * weight.detach()
         torch.compiler.set_stance(stance)
-        one.optimizer.step()
+        one.engine.optimizer.step()
         steps.append(copies(one)["blocks.0.moe.w_up"])
     assert_close(steps[1], steps[0].double(), roundings=4)
 
@@ -418,11 +418,11 @@ for name, values in json.loads(Path(sys.argv[1]).read_text()).items():
     whole = Trainer(config, world, torch.device("cpu"))
     steps = [whole.train_step() for _ in range(3)]
     whole.save_to = whole.checkpoints.save(
-        whole.model, whole.optimizer, {"iteration": 3, "loader": whole.loader.state_dict()}, whole.device
+        whole.model, whole.engine.optimizer, {"iteration": 3, "loader": whole.loader.state_dict()}, whole.device
     )
     steps += [whole.train_step() for _ in range(2)]
     part = Trainer(config, world, torch.device("cpu"))
-    state = part.checkpoints.load(whole.save_to, part.model, part.optimizer, part.device)
+    state = part.checkpoints.load(whole.save_to, part.model, part.engine.optimizer, part.device)
     part.loader.load_state_dict(state["loader"])
     part.iteration = 3
     again = [part.train_step() for _ in range(2)]
