@@ -123,6 +123,14 @@ def _row(config: ModesConfig, name: str, records: Records, plain: Records) -> di
     }
 
 
+def table_line(row: dict[str, Any]) -> str:
+    """A result as a line of the table in docs/training.md."""
+    plain = row["name"] == PLAIN
+    same = "" if plain else "bitwise equal" if row["bitwise_equal"] else "differ"
+    flags = "plain" if plain else f"`{' '.join(row['flags'])}`"
+    return f"| {flags} | {row['val_loss']:.4f} | {100 * row['difference']:+.2f} % | {same} |"
+
+
 def draw(path: Path, runs: dict[str, Records]) -> None:
     """Validation loss of every run, and below it what it is above the plain one's, in percent."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -139,13 +147,14 @@ def draw(path: Path, runs: dict[str, Records]) -> None:
     base = _validation(runs[PLAIN])[1]
     for number, (name, records) in enumerate(runs.items()):
         x, y = _validation(records)
-        size = 3.5 + 1.8 * max(0, 4 - number)
+        size = 3.5 + 2.5 * max(0, 4 - number)
         style = {"color": MODES[name].color, "linewidth": 1.4, "marker": "o", "markersize": size}
         upper.plot(x, y, label=" ".join(MODES[name].flags) or "plain (AdamW)", **style)
         lower.plot(x, [100 * (a / b - 1) for a, b in zip(y, base, strict=True)], **style)
     lower.axhspan(-2, 2, color=grid, alpha=0.5, zorder=0, linewidth=0)
     lower.text(x[-1], 1.93, "allowed for 8-bit moments: ± 2 %", fontsize=8, color=muted, ha="right", va="top")
-    lower.set_ylim(-2.5, 2.5)
+    low, high = lower.get_ylim()
+    lower.set_ylim(min(low, -2.5), max(high, 2.5))
     upper.set_ylabel("nats per token", color=ink)
     lower.set_ylabel("difference to plain in %", color=ink)
     lower.set_xlabel("iteration", color=ink)
@@ -169,11 +178,7 @@ def compare(config: ModesConfig) -> int:
     rows = [_row(config, name, records, runs[PLAIN]) for name, records in runs.items()]
     print("| run | validation loss | difference | logged numbers |\n| --- | ---: | ---: | --- |")
     for row in rows:
-        flags = f"`{' '.join(row['flags'])}`" if row["flags"] else "plain"
-        same = "bitwise equal" if row["bitwise_equal"] else "differ"
-        if row["name"] == PLAIN:
-            same = ""
-        print(f"| {flags} | {row['val_loss']:.4f} | {100 * row['difference']:+.2f} % | {same} |")
+        print(table_line(row))
     if config.picture:
         draw(Path(config.picture), runs)
     if config.output:

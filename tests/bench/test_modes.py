@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +83,12 @@ def test_a_run_is_made_once(tmp_path, monkeypatch, capfd):
     assert "moe_engine.train" not in capfd.readouterr().out
     assert bench.main(["--data_dir", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
     assert "ended with status 2" in capfd.readouterr().err
+
+
+def test_the_page_has_the_newest_rows():
+    root = Path(__file__).resolve().parents[2]
+    rows = [json.loads(line) for line in (root / "bench/results/modes.jsonl").read_text().splitlines()]
+    newest = {row["name"]: row for row in rows}
+    assert list(newest) == list(bench.MODES) and all(row["kept"] for row in newest.values())
+    page = (root / "docs/training.md").read_text(encoding="utf-8")
+    assert "\n".join(bench.table_line(row) for row in newest.values()) in page
