@@ -70,11 +70,13 @@ def generate(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=device)
     new: list[int] = []
-    while len(new) < max_new_tokens and not should_stop():
-        logits = model(tokens, cache=cache).logits[:, -1, :vocab_size]
-        token = int(_choose(logits, temperature, top_k, generator))
-        if token == stop:
-            break
-        new.append(token)
-        tokens = torch.tensor([[token]], dtype=torch.int64, device=device)
+    # Compiled blocks run as they are written: to the compiler the number of cached tokens is another one every time.
+    with torch.compiler.set_stance("force_eager"):
+        while len(new) < max_new_tokens and not should_stop():
+            logits = model(tokens, cache=cache).logits[:, -1, :vocab_size]
+            token = int(_choose(logits, temperature, top_k, generator))
+            if token == stop:
+                break
+            new.append(token)
+            tokens = torch.tensor([[token]], dtype=torch.int64, device=device)
     return new

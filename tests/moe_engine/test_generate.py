@@ -117,3 +117,17 @@ def test_no_new_token_and_other_types(model):
 def test_errors_name_the_argument(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompt": PROMPT, "max_new_tokens": 3} | arguments)
+
+
+def test_a_compiled_model_generates_as_it_is_written(model):
+    """Compiled, every token would be a recompilation, and the ninth an error."""
+    compiled = Transformer(CONFIG)
+    compiled.load_state_dict(model.state_dict())
+    for block in compiled.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    tokens = torch.tensor([PROMPT])
+    with torch.no_grad():
+        expected = compiled(tokens).logits
+        assert generate(compiled, PROMPT, 20, temperature=0) == generate(model, PROMPT, 20, temperature=0)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(tokens).logits, expected)  # and what was compiled still is
