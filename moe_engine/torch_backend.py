@@ -18,8 +18,9 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -135,6 +136,20 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A context for small operations between the experts': PyTorch's threads, once woken, spin for milliseconds.
+
+    They would be in the way of the experts' threads. (A thread's number is its own: those are not concerned.)
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def host_offsets(expert_offsets: Tensor, num_rows: int) -> list[int]:
     """The offsets as numbers: waits for the device. `moe_engine.memory`, which has no values, divides rows evenly."""
     return expert_offsets.tolist()
@@ -189,8 +204,9 @@ def _sum_over_slots(rows: Tensor, topk_weights: Tensor, permutation: Tensor) -> 
     The sum is taken in the accumulation dtype, and rounded to that of the rows once.
     """
     inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
-    slots = inverse.view(topk_weights.shape).t().contiguous()
+    with _one_thread():
+        inverse[permutation] = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
+        slots = inverse.view(topk_weights.shape).t().contiguous()
     out = rows.new_empty(topk_weights.shape[0], rows.shape[1])
 
     def add(tokens: slice) -> None:
@@ -311,7 +327,8 @@ def _forward(
     save: str,
 ) -> tuple[Tensor, Tensor]:
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
-    token_of = permutation // top_k  # of a sorted row
+    with _one_thread():
+        token_of = permutation // top_k  # of a sorted row
     h = x.new_empty(permutation.numel() if save == "h" else 0, w_up.shape[2])
     y = x.new_empty(permutation.numel(), x.shape[1])
 
@@ -348,8 +365,9 @@ def _backward(
     save: str,
 ) -> list[Tensor]:
     act, top_k = Activation(alpha, offset, limit), topk_weights.shape[1]
-    token_of = permutation // top_k
-    scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
+    with _one_thread():
+        token_of = permutation // top_k
+        scale_of = topk_weights.reshape(-1)[permutation].unsqueeze(1)
     grad_rows = x.new_empty(permutation.numel(), x.shape[1])
     grad_scale = torch.empty(permutation.numel(), dtype=topk_weights.dtype, device=x.device)
     grad_w_up, grad_w_down = torch.empty_like(w_up), torch.empty_like(w_down)
@@ -379,7 +397,8 @@ def _backward(
                 grad[e] = 0
     grad_x = _sum_over_slots(grad_rows, topk_weights, permutation)
     grad_topk_weights = torch.empty_like(topk_weights)
-    grad_topk_weights.view(-1)[permutation] = grad_scale
+    with _one_thread():
+        grad_topk_weights.view(-1)[permutation] = grad_scale
     return [grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_topk_weights]
 
 
