@@ -135,8 +135,11 @@ def one_run(config: TrainConfig, ranks: int, memory_gb: float | None, output: st
     )
     largest = None
     if memory_gb is not None:
-        largest = memory.largest_batch(run, memory_gb * 1e9)
-        print(f"largest batch_size in {memory_gb:g} GB: {largest}" if largest else f"no batch fits {memory_gb:g} GB")
+        libraries = memory.CONTEXT if run.on_gpu else 0
+        largest = memory.largest_batch(run, memory_gb * 1e9 - libraries)
+        left = f" ({memory.gigabytes(libraries)} of it left to driver and libraries)" if libraries else ""
+        answer = f"largest batch_size in {memory_gb:g} GB: {largest}" if largest else f"no batch fits {memory_gb:g} GB"
+        print(answer + left)
     if output:
         append_rows(Path(output), [_result(run, found, memory_gb=memory_gb, largest_batch=largest)])
     return 1 if largest == 0 else 0

@@ -159,6 +159,11 @@ class _OnePass(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
+def suits_one_pass(x: Tensor) -> bool:
+    """Whether the loss of these hidden states is computed by `_OnePass`."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, z_coef: float = 0.0) -> Tensor:
     """Summed cross-entropy of a linear output layer.
 
@@ -185,5 +190,4 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, z_coef: flo
         x, weight = x.to(dtype), weight.to(dtype)
     if not torch.is_grad_enabled():  # needs_input_grad knows nothing of no_grad, and the gradients are half the work
         x, weight = x.detach(), weight.detach()
-    one_pass = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return (_OnePass if one_pass else _Recompute).apply(x, weight, targets, z_coef)
+    return (_OnePass if suits_one_pass(x) else _Recompute).apply(x, weight, targets, z_coef)

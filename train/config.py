@@ -352,7 +352,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         a, b = (table.get(name, defaults.get(name)) for table in (old, new))
         if name == "model":
             a, b = old.get("model") or {}, new.get("model") or {}
-            names = sorted({*a, *b} - {"save", "autotune"})  # how results are computed, not what they are
+            names = sorted({*a, *b} - {"save", "autotune"})  # how results are computed; of autotune up to rounding
             pairs = {k: [table.get(k, model_defaults.get(k)) for table in (a, b)] for k in names}
             rows += [f"model.{k}: {x} → {y}" for k, (x, y) in pairs.items() if x != y]
         elif a != b:

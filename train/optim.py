@@ -214,7 +214,7 @@ class StepInBackward:
         optimizer = self.optimizer
         groups = optimizer.param_groups
         (group,) = (g for g in groups if any(p is parameter for p in g["params"]))
-        # Judged by the optimizer's kernel, on the device: to ask here would make the host wait for every parameter.
+        # Judged by the optimizer: PyTorch's kernel does so on the device, where the host need not wait for it.
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.param_groups = [{**group, "params": [parameter]}]
         try:

@@ -38,6 +38,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_this_host(self) -> int:
+        """How many of the processes share this host's memory; torchrun says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     @classmethod
     def from_environment(cls) -> World:
         """What torchrun set, or a world of one.
@@ -104,14 +109,19 @@ def cast_weights(model: Transformer, dtype: torch.dtype) -> None:
             module._apply(lambda parameter: parameter.to(dtype), recurse=False)
 
 
+def check_replicas(ranks: int, replicas: int) -> None:
+    """Raise InputError unless the replicas divide the ranks."""
+    if ranks % replicas:
+        raise InputError(f"--dp_replicate: expected a divisor of the number of processes, {ranks}, got {replicas}")
+
+
 def check_sharding(world: World, device: torch.device, replicas: int, cpu_offload: bool) -> None:
     """Whether these processes can be arranged as asked, before any of them waits for another.
 
     Raises:
         InputError: the replicas do not divide the processes, or there is nothing to offload from.
     """
-    if world.size % replicas:
-        raise InputError(f"--dp_replicate: expected a divisor of the number of processes, {world.size}, got {replicas}")
+    check_replicas(world.size, replicas)
     if cpu_offload and device.type == "cpu":
         raise InputError("--cpu_offload: expected a GPU to offload from, got --device cpu, whose memory is the host's")
 

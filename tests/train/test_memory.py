@@ -61,24 +61,24 @@ def test_replicas_hold_whole_copies():
     assert replicated.parts["weights"] == pytest.approx(2 * plain.parts["weights"], rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "dtype", "on_gpu", "flags"),
-    [
-        (8, BF16, True, {"preset": "8b", "layers": 4, "batch_size": 4, "block_size": 4096, "checkpointing": "block"}),
-        (
-            8,
-            BF16,
-            True,
-            {"preset": "8b", "layers": 4, "batch_size": 2, "block_size": 4096, "checkpointing": "selective"},
-        ),
-        (8, BF16, True, {"preset": "8b", "layers": 3, "batch_size": 1, "block_size": 4096, "grad_accum_steps": 3}),
-        (1, BF16, True, {"preset": "6b", "layers": 3, "batch_size": 1, "optimizer_in_backward": True}),
-        (1, BF16, True, {"preset": "small", "batch_size": 32, "block_size": 512}),
-        (1, FP32, False, {"preset": "small", "batch_size": 8, "block_size": 512}),
-        (1, FP32, False, {"preset": "small", "batch_size": 8, "block_size": 512, "checkpointing": "block"}),
-    ],
-    ids=["8b block", "8b selective", "8b none, accumulated", "6b in backward", "small", "cpu", "cpu block"],
-)
+LARGE = {"preset": "8b", "layers": 4, "block_size": 4096}
+TWO_COPIES = {"preset": "8b", "layers": 2, "batch_size": 1, "dp_replicate": 2}
+SMALL = {"preset": "small", "batch_size": 8, "block_size": 512}
+AGREE = {
+    "8b block": (8, BF16, True, LARGE | {"batch_size": 4, "checkpointing": "block"}),
+    "8b selective": (8, BF16, True, LARGE | {"batch_size": 2, "checkpointing": "selective"}),
+    "8b none, accumulated": (8, BF16, True, LARGE | {"batch_size": 1, "grad_accum_steps": 3}),
+    "6b in backward": (1, BF16, True, LARGE | {"preset": "6b", "batch_size": 1, "optimizer_in_backward": True}),
+    "replicas, accumulated": (4, BF16, True, TWO_COPIES | {"grad_accum_steps": 2}),
+    "replicas in backward": (4, BF16, True, TWO_COPIES | {"optimizer_in_backward": True}),
+    "small": (1, BF16, True, SMALL | {"batch_size": 32}),
+    "small, fp32 on a GPU": (1, FP32, True, SMALL),
+    "small on a CPU": (1, FP32, False, SMALL),
+    "small on a CPU, block": (1, FP32, False, SMALL | {"checkpointing": "block"}),
+}
+
+
+@pytest.mark.parametrize(("ranks", "dtype", "on_gpu", "flags"), AGREE.values(), ids=AGREE)
 def test_the_formula_agrees_within_5_percent(ranks, dtype, on_gpu, flags):
     if on_gpu:
         pytest.importorskip("triton")
@@ -240,6 +240,43 @@ def test_what_is_not_estimated_is_refused(tmp_path):
             estimate(run(preset="tiny"))
     finally:
         dist.destroy_process_group()
+
+
+def test_replicas_must_divide_the_ranks():
+    with pytest.raises(InputError, match=r"^--dp_replicate: expected a divisor of the number of processes, 3, got 2$"):
+        estimate(run(3, BF16, True, preset="tiny", dp_replicate=2))
+
+
+@pytest.mark.parametrize("flags", [{"dtype": "float16"}, {"cpu_offload": True}, {"dp_replicate": 2}])
+def test_advice_is_a_run_that_is_allowed(flags):
+    """Where steps in backward are refused, or save nothing, they are not advised, and no advice raises."""
+    dtype = torch.float16 if "dtype" in flags else BF16
+    lean = {"checkpointing": "block", "optimizer": "adamw8bit", "batch_size": 1, "block_size": 4096}
+    config = resolve({"data_dir": "", "preset": "8b", "grad_accum_steps": 1} | lean | flags)
+    r, seen = Run(config, config.model_config(1), 4, dtype, True), []
+    while not (advice := next_setting(r)).startswith("more devices"):
+        seen.append(advice)
+        r = changed(r, advice)
+        assert len(seen) < 20
+    if "dp_replicate" in flags:
+        assert seen[0] == "--dp_replicate 1, in a new run"  # 8-bit moments stay with the number of parts
+    else:
+        assert "--optimizer_in_backward" not in seen
+
+
+def test_a_note_that_cannot_be_made_stops_no_run(small_run, monkeypatch):
+    trainer = Trainer(small_run(), World(0, 1, 0), torch.device("cpu"))
+    trainer.loader.close()
+    trainer.device = torch.device("cuda")
+    monkeypatch.setattr(loop_module, "memory_total", lambda device: 80e9)
+    monkeypatch.setattr(memory, "estimate", lambda run: (_ for _ in ()).throw(AttributeError("gone\nmore")))
+    assert trainer._memory_note() == ["memory: not estimated (AttributeError: gone)"]
+
+
+def test_the_memory_of_a_host_is_that_of_all_its_ranks():
+    config = resolve({"data_dir": "", "preset": "tiny", "dp_replicate": 2})
+    assert memory.lasting_need(config, 1000, ranks=8, sharing=1) == 16 * 1000 / 4
+    assert memory.lasting_need(config, 1000, ranks=8, sharing=8) == 16 * 1000 * 2
 
 
 def test_bytes_that_last():

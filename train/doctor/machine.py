@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -14,8 +15,9 @@ import torch
 from moe_engine.config import ModelConfig
 from moe_engine.presets import PRESETS, preset
 from moe_engine.train.device import device_name, memory_total, pick_dtype
-from moe_engine.train.doctor.check import Check, Outcome, Setup, fail, passed, warn
-from moe_engine.train.memory import CONTEXT, Run, estimate, lasting_bytes, next_setting, stored_bytes
+from moe_engine.train.doctor.check import Check, NotChecked, Outcome, Setup, fail, passed, warn
+from moe_engine.train.memory import CONTEXT, Run, estimate, lasting_need, next_setting, stored_bytes
+from moe_engine.train.parallel import check_replicas
 
 # Kept equal to pyproject.toml's by a test; triton comes with torch, or not at all.
 FLOORS = {"python": (3, 11), "torch": (2, 11), "triton": (3, 6)}
@@ -102,26 +104,35 @@ def _devices(setup: Setup) -> Outcome:
 
 def _memory(setup: Setup) -> Outcome:
     """What lasts through a step against the smallest device, or with --memory the peak of one, activations and all."""
-    have = min(memory_total(device) for device in setup.devices or [setup.device])
+    config, name = setup.config, setup.config.preset
+    on_host = config.cpu_offload or not setup.devices
+    have = memory_total(torch.device("cpu")) if on_host else min(memory_total(device) for device in setup.devices)
+    check_replicas(setup.ranks, config.dp_replicate)
     if setup.memory:
         return _step_memory(setup, have)
-    count, name, each = count_parameters(setup.model), setup.config.preset, lasting_bytes(setup.config)
-    need = each * count / setup.ranks
-    where = f"on each of {setup.ranks} devices" if setup.ranks > 1 else "on one device"
+    sharing = setup.ranks if on_host else 1
+    count, need = (
+        count_parameters(setup.model),
+        lasting_need(config, count_parameters(setup.model), setup.ranks, sharing),
+    )
+    where = f"on each of {setup.ranks} devices" if setup.ranks > 1 and not on_host else "on one device"
     found = (
-        f"{name}: {count / 1e6:,.1f} M parameters take {need / 1e9:,.2f} GB {where} before activations;"
-        f" {'it has' if setup.devices else 'available here:'} {have / 1e9:,.1f} GB"
+        f"{name}: {count / 1e6:,.1f} M parameters take {need / 1e9:,.2f} GB {'on this host' if on_host else where} "
+        f"before activations; {'available here:' if on_host else 'it has'} {have / 1e9:,.1f} GB"
     )
     if need <= have:
         return passed(found)
-    fitting = [n for n in PRESETS if each * count_parameters(preset(n)) / setup.ranks <= have]
+    each = need / count
+    fitting = [n for n in PRESETS if each * count_parameters(preset(n)) <= have]
     advice = [f"--preset {fitting[-1]} fits"] if fitting else []
-    if setup.devices:
-        advice.append(f"{name} needs at least {-(-each * count // have)} devices like this")
+    if not on_host:
+        advice.append(f"{name} needs at least {math.ceil(need * setup.ranks / have)} devices like this")
     return warn(found, "; ".join(advice) or "free memory, or take a larger machine")
 
 
 def _step_memory(setup: Setup, have: float) -> Outcome:
+    if setup.config.cpu_offload:
+        raise NotChecked("with --cpu_offload the memory of a step is not estimated")
     dtype, _ = pick_dtype(setup.config.dtype, setup.device)
     run = Run(setup.config, setup.model, setup.ranks, dtype, on_gpu=bool(setup.devices))
     estimated = estimate(run)
