@@ -21,11 +21,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 
 from moe_engine import flex
 from moe_engine.config import ModelConfig
 
 _QUERY_BLOCK = 512  # queries whose scores exist at once, where there is no fused kernel
+
+
+def refuse_create_graph(function: str) -> None:
+    """Called in a backward whose results would silently count as constants. Compiled, it is PyTorch that refuses.
+
+    Raises:
+        RuntimeError: gradients of the gradients are asked for.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        raise RuntimeError(f"{function} is differentiable once: create_graph=True cannot be had")
 
 
 class RotaryEmbedding:
@@ -202,6 +213,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        refuse_create_graph("attention")
         q, k, v, sinks, out, lse = ctx.saved_tensors
         scale, window = q.shape[-1] ** -0.5, ctx.window
         engine, blocks = _engine(q, q.shape[2], window)
@@ -229,6 +241,11 @@ class _Attention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None
 
 
+def _watched() -> bool:
+    """Whether the caller looks at single operations, as FlopCounterMode does: PyTorch then compiles nothing."""
+    return not torch.compiler.is_compiling() and is_in_any_mode_without_ignore_compile_internals()
+
+
 def _through_flex(device_type: str, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether FlexAttention takes such inputs. PyTorch calls AMD's GPUs `cuda` too."""
     return device_type == "cuda" and flex.serves(head_dim, dtype)
@@ -246,7 +263,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, window:
     """
     if q.numel() == 0:  # no query: PyTorch's CPU kernel would divide by zero
         return q
-    if _through_flex(q.device.type, q.shape[-1], q.dtype):
+    if _through_flex(q.device.type, q.shape[-1], q.dtype) and not _watched():
         return flex.attend(q, k, v, sinks, window)
     return _Attention.apply(q, k, v, sinks, window)
 

@@ -15,10 +15,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 BLOCK = 128  # positions in a block of the mask; the kernels' tiles divide it
+GRAPHS = 256  # that one process may compile; PyTorch's 8 are fewer than dtypes, batches and lengths come to
 HEAD_DIMS = (16, 32, 64, 128)  # with 256, backward does not fit an A100's registers
 
 
@@ -128,9 +130,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: BlockMa
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """One for all layers. A second length compiles once or twice more, then for any length.
+    """One for all layers.
 
-    Without `fullgraph`, what cannot be compiled would run in operations that hold T × T scores.
+    A graph for a dtype, sinks or none, sliding or full, with gradients or without, a batch of one or of more. A second
+    length or batch compiles once or twice more, then for any. Beyond `GRAPHS` of them PyTorch raises: without
+    `fullgraph`, what is not compiled would run in operations that hold T × T scores.
     """
     return torch.compile(_attend, fullgraph=True)
 
@@ -141,4 +145,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int) -
     window = 0 if window >= length else window
     if torch.compiler.is_compiling():  # which looks through the cache: the tables are a small kernel of its graph
         return _attend(q, k, v, sinks, block_mask(length, window, q.device))
-    return _compiled()(q, k, v, sinks, _cached_block_mask(length, window, q.device))
+    with dynamo_config.patch(recompile_limit=GRAPHS):
+        return _compiled()(q, k, v, sinks, _cached_block_mask(length, window, q.device))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_engine import checkpointing
-from moe_engine.attention import Attention, KVCache, RotaryEmbedding
+from moe_engine.attention import Attention, KVCache, RotaryEmbedding, refuse_create_graph
 from moe_engine.config import ModelConfig
 from moe_engine.loss import linear_cross_entropy
 from moe_engine.moe import MoELayer
@@ -20,9 +20,10 @@ from moe_engine.router import JitterKey, RouterStats
 
 
 class _Normalise(torch.autograd.Function):
-    """RMSNorm in fp32 or better that keeps x as it came, and 1/√(mean(x²) + eps), as PyTorch's kernel for GPUs does.
+    """RMSNorm in fp32 or better, rounded once, that keeps x as it came, and 1/√(mean(x²) + eps).
 
-    On a CPU autograd would keep wide copies of x, 8 bytes more an element in 16-bit.
+    All as PyTorch's kernel for GPUs does. On a CPU autograd would keep wide copies of x, 8 bytes more an element in
+    16-bit.
     """
 
     @staticmethod
@@ -30,10 +31,13 @@ class _Normalise(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype) * weight
+        out = wide * inverse * weight
+        # No .to that does nothing: torch.compile of 2.11 returns zero gradients for what ends in one.
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        refuse_create_graph("RMSNorm")
         x, weight, inverse = ctx.saved_tensors
         grad_wide, normed = grad.to(inverse.dtype), x * inverse
         grad_weight = (grad_wide * normed).flatten(0, -2).sum(0).to(weight.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_engine.config import ACTIVATIONS, MoEConfig
-from moe_engine.router import JitterKey, Router, RouterStats, jitter
+from moe_engine.router import JitterKey, Router, RouterStats
 
 # A backend is a module with
 #   route(logits, top_k, gate, select_bias) → (routed, RouterStats)
@@ -111,10 +111,9 @@ class MoELayer(nn.Module):
             raise ValueError(f"x: expected the dtype of the weights, {weights[0].dtype}, got {x.dtype}")
         rows = x.reshape(-1, config.d_model)
         route, expert_mlp = self._gpu_functions if rows.is_cuda else self._functions
-        router_rows = rows
-        if config.router_jitter and jitter_key is not None:
-            router_rows = jitter(x, config.router_jitter, jitter_key).reshape(rows.shape)
-        routed, stats = route(self.router(router_rows), config.top_k, config.gate, self.router.select_bias)
+        # In x's shape for the noise, which is drawn by sequence; the rows' own storage, which the experts keep anyway.
+        logits = self.router(rows.view(x.shape), jitter_key)
+        routed, stats = route(logits, config.top_k, config.gate, self.router.select_bias)
         # Expert parallelism would exchange rows here, and back before they are combined.
         out = expert_mlp(rows, *weights, *routed, ACTIVATIONS[config.activation], config.save, config.autotune)
         return out.view_as(x), stats

@@ -73,26 +73,6 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
-class _WideLinear(torch.autograd.Function):
-    """A linear layer in fp32 or better, also under autocast, that saves x as it came: autograd keeps a wide copy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        with without_autocast(x):
-            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        with without_autocast(x):
-            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
-            grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype)
-        return grad_x, grad_weight, None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
-
-
 class JitterKey(NamedTuple):
     """What a router's noise is drawn from, so that a second run of the layer, or of the training step, draws it again.
 
@@ -140,6 +120,39 @@ def jitter(x: Tensor, epsilon: float, key: JitterKey) -> Tensor:
     return x * _jitter(x.detach(), epsilon, *key)
 
 
+class _WideLinear(torch.autograd.Function):
+    """A linear layer in fp32 or better, also under autocast, that saves x as it came: autograd keeps a wide copy.
+
+    With noise, what `jitter` takes besides x, its input is x with noise; backward draws the factors again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, noise: tuple[float, int, int, int] | None
+    ) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.noise = noise
+        rows = (x if noise is None else x * _jitter(x, *noise)).reshape(-1, x.shape[-1])
+        with without_autocast(x):
+            return F.linear(rows.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        noisy, factors = x, None
+        if ctx.noise is not None:
+            factors = _jitter(x.detach(), *ctx.noise)
+            noisy = x * factors
+        with without_autocast(x):
+            grad_x = (grad @ weight.to(grad.dtype)).to(noisy.dtype).view(x.shape)
+            grad_weight = (grad.t() @ noisy.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
+        if factors is not None:
+            grad_x = (grad_x * factors).to(x.dtype)
+        return grad_x, grad_weight, None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype), None
+
+
 class Router(nn.Module):
     """Logits of the experts, in fp32 (fp64 for fp64 weights) whatever the model's dtype.
 
@@ -154,18 +167,29 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
         self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
+        self.epsilon = config.router_jitter
         balanced = config.router_balance == "bias"
         self.register_buffer("select_bias", torch.zeros(config.num_experts, dtype=torch.float32) if balanced else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Keep select_bias in fp32 under `.to(bfloat16)`, where small steps would be lost: hand it over as integers."""
-        if self.select_bias is None:
+        """Let select_bias go where the rest goes, but stay in fp32: in 16 bits small steps would be lost."""
+        bias = self.select_bias
+        if bias is None:
             return super()._apply(fn, recurse)
-        self.select_bias = self.select_bias.view(torch.int32)
+        self.select_bias = None
         try:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)
+            moved = fn(bias)
+            bias = moved if moved.dtype == bias.dtype else bias.to(moved.device)
         finally:
-            self.select_bias = self.select_bias.view(torch.float32)
+            self.select_bias = bias
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also what `load_state_dict(assign=True)` puts in place is fp32."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.select_bias is not None:
+            self.select_bias = self.select_bias.float()
 
     @torch.no_grad()
     def update_select_bias(self, expert_counts: Tensor, rate: float) -> None:
@@ -178,6 +202,7 @@ class Router(nn.Module):
         counts = expert_counts.long()
         self.select_bias.add_(torch.sign(counts.sum() - counts.numel() * counts), alpha=rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(T, D)` → `(T, E)`."""
-        return _WideLinear.apply(x, self.weight, self.bias)
+    def forward(self, x: Tensor, jitter_key: JitterKey | None = None) -> Tensor:
+        """`(…, D)` → `(T, E)`; the key: what the noise of `router_jitter` is drawn from, and for whole sequences x."""
+        noise = (self.epsilon, *jitter_key) if self.epsilon and jitter_key is not None else None
+        return _WideLinear.apply(x, self.weight, self.bias, noise)

@@ -110,6 +110,21 @@ def test_every_gradient_is_checked(checked):
         bench.check("ours", results, exact)
 
 
+@pytest.mark.parametrize("changes", [{"top_k": 1}, {"top_k": 1, "experts": 1}], ids=["one of five", "one expert"])
+def test_a_gradient_that_is_zero_is_checked_as_well(changes):
+    """With one expert a token its weight is 1, and the router has no gradient; a peer's is what rounding left of it."""
+    assert "moe_engine, gpt-oss" in bench.steps(bench.LayerConfig(**SIZES | changes))
+    layer = MoELayer(MoEConfig(32, 24, changes.get("experts", 5), 1, **bench.STYLES["mixtral"]))
+    layer.load_state_dict({name: value.float() for name, value in parameters(layer).items()})
+    x, grad_out = (normal(1, 40, 32, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    exact, results = bench.exact_results(layer, x, grad_out), bench.Step(layer, x, grad_out).results()
+    assert not exact["router.weight"].any()
+    bench.check("ours", results, exact)
+    for wrong in (1e-3, torch.nan):
+        with pytest.raises(InputError, match=r"ours: the gradient of router\.weight is off by"):
+            bench.check("ours", results | {"router.weight": results["router.weight"] + wrong}, exact)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

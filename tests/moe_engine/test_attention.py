@@ -202,6 +202,18 @@ def test_two_runs_agree_bit_for_bit(engine):
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_a_gradient_of_the_gradient_is_refused(engine):
+    """It would be that of constants: what backward saves of the output and log-sum-exp has no history."""
+    leaves, _, window = _inputs((1, 2, 1, 8, 40, 16), torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with pytest.raises(RuntimeError, match="attention is differentiable once: create_graph=True"):
+        torch.autograd.grad(attend(*leaves, window).sum(), leaves, create_graph=True)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"create_graph|double backward"):
+        (grad,) = torch.autograd.grad(compiled(*leaves, window).square().sum(), leaves[0], create_graph=True)
+        torch.autograd.grad(grad.sum(), leaves[0])
+
+
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])
 def test_compiled_attention_has_the_same_gradients(sinks):
     inputs = _inputs((1, 4, 2, 8, 300, 16), torch.float32, sinks)

@@ -93,7 +93,7 @@ ALL = tuple(mode for mode in MODES for _ in range(2))  # a sliding layer and a f
     ("backend", "modes"),
     [
         ("torch", ("none", "selective")),
-        ("triton", ("block",)),
+        pytest.param("triton", ("block",), marks=pytest.mark.slow),
         pytest.param("torch", ALL, marks=pytest.mark.slow),
         pytest.param("triton", ALL, marks=pytest.mark.slow),
     ],

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import ModelConfig, attention, checkpointing, flex, reference
 from moe_engine.attention import RotaryEmbedding, attend
@@ -157,6 +158,32 @@ def test_layers_steps_and_lengths_share_compilations_and_masks(dense):
         graphs.append(len(dense.backward))
     assert graphs == [2, 2, 4, 4, 4]
     assert flex._cached_block_mask.cache_info().misses == 2 * 4
+
+
+def test_one_process_may_need_more_graphs_than_pytorch_grants(dense):
+    """Batches, gradients or none, dtypes and lengths: 8 graphs are PyTorch's limit, and beyond it is an error."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for batch, length in ((1, 140), (2, 140), (3, 200)):
+            for window in (0, 16):
+                leaves, grad_out, _ = make((batch, 2, 1, 16, length, window), dtype)
+                with torch.no_grad():
+                    without = attend(*leaves, window)
+                assert torch.equal(run(attend, leaves, grad_out, window)["out"], without)
+    assert len(dense.forward) > 2 * 8
+    assert torch._dynamo.config.recompile_limit == 8  # as it was, for whatever else is compiled
+
+
+def test_where_operations_are_counted_it_is_plain_operations(dense, monkeypatch):
+    """In FlopCounterMode nothing is compiled, and FlexAttention uncompiled would hold T × T scores, or fail."""
+    monkeypatch.setattr(attention, "_engine", lambda _q, *sizes: (attention._Plain, attention._blocks(*sizes)))
+    leaves, grad_out, window = make((1, 2, 1, 16, 300, 16))
+    expected = run(attend, leaves, grad_out, window)
+    graphs = len(dense.forward)
+    with FlopCounterMode(display=False) as counter:
+        actual = run(attend, leaves, grad_out, window)
+    assert counter.get_total_flops() > 0 and len(dense.forward) == graphs
+    for name, value in actual.items():
+        assert_close(value, expected[name].double(), roundings=64, name=name)
 
 
 def test_a_mask_made_in_inference_serves_training(dense):

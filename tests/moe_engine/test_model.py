@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moe_engine import ModelConfig, Transformer, preset, reference
 from moe_engine.attention import KVCache
+from moe_engine.model import RMSNorm
 from moe_engine.router import balance_loss, z_loss
-from moe_engine.testing import FP64_SUMS, assert_budget_bites, assert_close, parameters
+from moe_engine.testing import FP64_SUMS, assert_budget_bites, assert_close, normal, parameters
 
 GPT_OSS = ModelConfig(
     vocab_size=61,
@@ -269,6 +270,50 @@ def test_mixtral_of_transformers():
     values = {name: value.float() for name, value in _values(config).items()}
     theirs = transformers.MixtralForCausalLM(transformers.MixtralConfig(**_transformers_config(config)))
     _hold_against(theirs, config, values, _to_mixtral)
+
+
+# ---- the norm
+
+
+def _norm(dtype: torch.dtype, width: int = 96) -> tuple[RMSNorm, Tensor, Tensor]:
+    """A norm, its input and a gradient of its output."""
+    norm = RMSNorm(width, 1e-5).to(dtype)
+    norm.load_state_dict({"weight": (1 + 0.3 * normal(width)).to(dtype)})
+    return norm, normal(50, width, seed=1, dtype=dtype).requires_grad_(), normal(50, width, seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_norm_is_rounded_once(dtype):
+    """To the bit what fp64 rounds to, but for the few values that lie nearly between two of the dtype's."""
+    norm, x, _ = _norm(dtype)
+    exact = F.rms_norm(x.double(), (96,), norm.weight.double(), 1e-5)
+    out = norm(x)
+    assert out.dtype == dtype
+    assert (out != exact.to(dtype)).float().mean() < 0.01  # rounded twice: 0.3
+    assert_close(out, exact, exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_the_norm_has_the_same_gradients_compiled(dtype):
+    norm, x, grad_out = _norm(dtype)
+    eager = torch.autograd.grad(norm(x), [x, norm.weight], grad_out)
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    traced = torch.autograd.grad(compiled(x), [x, norm.weight], grad_out)
+    leaves = [t.detach().double().requires_grad_() for t in (x, norm.weight)]
+    exact = torch.autograd.grad(F.rms_norm(leaves[0], (96,), leaves[1], 1e-5), leaves, grad_out.double())
+    for grads in (eager, traced):
+        for actual, wanted in zip(grads, exact, strict=True):
+            assert_close(actual, wanted, roundings=FP64_SUMS if dtype == torch.float64 else 8)
+
+
+def test_a_gradient_of_the_norms_gradient_is_refused():
+    norm, x, _ = _norm(torch.float64)
+    with pytest.raises(RuntimeError, match="RMSNorm is differentiable once: create_graph=True"):
+        torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"create_graph|double backward"):
+        (grad,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
+        torch.autograd.grad(grad.sum(), x)
 
 
 # ---- the model as a module

@@ -100,7 +100,8 @@ def test_the_bias_is_a_buffer_in_fp32_whatever_is_done_to_the_model():
     layer.router.select_bias += 1 / 3  # no number of bf16
     for convert in (
         lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.bfloat16(),
-        lambda m: m.to("cpu", torch.float16), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.to("cpu", torch.float16), lambda m: m.type(torch.float16), lambda m: m.type(torch.float64),
+        lambda m: m.share_memory(), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
     ):  # fmt: skip
         other = convert(copy.deepcopy(layer))
         bias = other.router.select_bias
@@ -110,6 +111,26 @@ def test_the_bias_is_a_buffer_in_fp32_whatever_is_done_to_the_model():
     assert Transformer(BIASED_MODEL).blocks[1].moe.router.select_bias.dtype == torch.float32
     saved = Transformer(BIASED_MODEL).state_dict()
     assert [n for n in saved if n.endswith("select_bias")] == [f"blocks.{i}.moe.router.select_bias" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_state_that_is_assigned_leaves_the_bias_in_fp32(dtype):
+    state = {name: value.to(dtype) for name, value in MoELayer(BIASED).state_dict().items()}
+    state["router.select_bias"] += 0.5
+    with torch.device("meta"):
+        layer = MoELayer(BIASED)
+    layer.load_state_dict(state, assign=True)
+    assert layer.w_up.dtype == dtype and layer.router.select_bias.dtype == torch.float32
+    assert (layer.router.select_bias == 0.5).all()
+    layer.router.update_select_bias(torch.tensor([1] + [0] * 7), 1e-3)
+    assert (layer.router.select_bias[1:] == torch.tensor(0.5) + 1e-3).all()
+
+
+def test_the_bias_goes_to_the_device_of_the_rest():
+    layer = MoELayer(BIASED).to("meta", torch.bfloat16)
+    bias = layer.router.select_bias
+    assert bias.is_meta and bias.dtype == torch.float32 and layer.w_up.dtype == torch.bfloat16
+    assert not layer.to_empty(device="cpu").router.select_bias.is_meta
 
 
 def test_an_error_while_converting_leaves_the_bias_whole():
@@ -236,6 +257,39 @@ def test_the_router_alone_sees_the_noise(backend):
         assert_close(actual.cpu(), exact, plain, roundings=8)
     assert torch.equal(layer(x)[1].lse_sq, layer(x)[1].lse_sq)
     assert not torch.equal(layer(x)[1].lse_sq, stats.lse_sq)  # without a key, as in evaluation, there is no noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 7, 24), (7, 24), (0, 7, 24)])
+def test_the_router_draws_its_noise_again_to_the_bit(shape, dtype):
+    """Logits and gradients are those of the product with the noise, written out for autograd."""
+    router = Router(dataclasses.replace(BIASED, router_jitter=0.3)).to(dtype)
+    router.load_state_dict({n: v.to(dtype) for n, v in parameters(router).items()}, strict=False)
+    x = normal(*shape, dtype=dtype).requires_grad_()
+    results = []
+    for logits in (router(x, KEY), router(jitter(x, 0.3, KEY).reshape(-1, 24))):
+        grad = normal(*logits.shape, seed=3, dtype=logits.dtype)
+        results.append([logits, *torch.autograd.grad(logits, [x, router.weight, router.bias], grad)])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
+def test_noise_keeps_no_copy_of_the_input():
+    """A layer saves the same bytes with noise as without."""
+    kept = []
+    for epsilon in (0.0, 0.3):
+        layer = MoELayer(dataclasses.replace(BIASED, router_jitter=epsilon)).to(torch.bfloat16)
+        x, storages = normal(2, 50, 24, dtype=torch.bfloat16).requires_grad_(), {}
+
+        def save(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            out, _ = layer(x, KEY)
+        assert len(storages) > 3 and out.requires_grad
+        kept.append(sum(storages.values()))
+    assert kept[0] == kept[1] > 0
 
 
 @pytest.mark.parametrize("mode", MODES)

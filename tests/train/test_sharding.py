@@ -44,6 +44,7 @@ ALL = {"model": MODEL | {"num_experts": 4, "top_k": 4}, "grad_clip": 0.0}
 FEW = {"model": MODEL | {"num_experts": 2, "top_k": 2}, "grad_clip": 0.5}
 LONE = {"model": MODEL | {"num_experts": 1, "top_k": 1, "d_ff": 128}, "optimizer": "adamw8bit", "dtype": "bfloat16"}
 LONE |= {"param_dtype": "bfloat16"}  # rounded stochastically
+HSDP, NEVER = {"dp_replicate": 2}, {"reshard_after_forward": "never"}
 STEP_3 = "ckpt/step_00000003"
 
 
@@ -153,27 +154,43 @@ if world.is_main:
 """
 
 
+class Ranks:
+    """Runs the script above on some ranks, in one folder."""
+
+    def __init__(self, folder, token_folder):
+        self.folder, self.token_folder = folder, token_folder
+        (folder / "ranks.py").write_text(RANKS)
+
+    def table(self, name, ranks, values):
+        out = {"data_dir": str(self.token_folder), "out_dir": str(self.folder / name), "batch_size": 8 // ranks}
+        return out | TINY | values
+
+    def __call__(self, ranks, cases):
+        """Results of cases, name → (the run whose third step it goes on from or None, options)."""
+        given = self.folder / f"cases{ranks}.json"
+        cases = {
+            name: (self.table(name, ranks, values), origin and str(self.folder / origin / STEP_3), 2 if origin else 5)
+            for name, (origin, values) in cases.items()
+        }
+        given.write_text(json.dumps(cases))
+        return run_script(self.folder / "ranks.py", ranks, given)
+
+
+@pytest.fixture(scope="module")
+def pair(token_folder, tmp_path_factory):
+    """Two ranks that share the model, and two that have a copy each; the order of their gathers."""
+    on_ranks = Ranks(tmp_path_factory.mktemp("pair"), token_folder)
+    return on_ranks(2, {"shared": (None, ALL), "copies": (None, ALL | HSDP | NEVER)})
+
+
 @pytest.fixture(scope="module")
 def runs(token_folder, tmp_path_factory):
     """Losses, norms and parts of runs on one, four and two ranks, from the start or from each other's third step."""
     folder = tmp_path_factory.mktemp("arrangements")
-    script = folder / "ranks.py"
-    script.write_text(RANKS)
-
-    def table(name, ranks, values):
-        return {"data_dir": str(token_folder), "out_dir": str(folder / name), "batch_size": 8 // ranks} | TINY | values
-
-    def on_ranks(ranks, cases):
-        given = folder / f"cases{ranks}.json"
-        cases = {
-            name: (table(name, ranks, values), origin and str(folder / origin / STEP_3), 2 if origin else 5)
-            for name, (origin, values) in cases.items()
-        }
-        given.write_text(json.dumps(cases))
-        return run_script(script, ranks, given)
+    on_ranks = Ranks(folder, token_folder)
 
     def on_one(name, origin, values):
-        trainer = Trainer(resolve(table(name, 1, values)), ONE, CPU)
+        trainer = Trainer(resolve(on_ranks.table(name, 1, values)), ONE, CPU)
         if origin:
             state = trainer.checkpoints.load(folder / origin / STEP_3, trainer.model, trainer.engine.optimizer, CPU)
             trainer.loader.load_state_dict(state["loader"])
@@ -187,23 +204,22 @@ def runs(token_folder, tmp_path_factory):
         trainer.loader.close()
         return {"losses": [float(s.loss) for s in done], "norms": [s.grad_norm for s in done]}
 
-    hsdp, never = {"dp_replicate": 2}, {"reshard_after_forward": "never"}
     results = {"all": on_one("all", None, ALL), "few": on_one("few", None, FEW)}
     four = {
-        "all hsdp": (None, ALL | hsdp),
-        "all hsdp to plain": ("all hsdp", ALL | never),
-        "all one to hsdp": ("all", ALL | hsdp | {"optimizer_in_backward": True}),
+        "all hsdp": (None, ALL | HSDP),
+        "all hsdp to plain": ("all hsdp", ALL | NEVER),
+        "all one to hsdp": ("all", ALL | HSDP | {"optimizer_in_backward": True}),
         "few plain": (None, FEW),
-        "few plain to hsdp": ("few plain", FEW | hsdp | never),
+        "few plain to hsdp": ("few plain", FEW | HSDP | NEVER),
     }
     if importlib.util.find_spec("torchao"):
-        four |= {"lone hsdp": (None, LONE | hsdp), "lone hsdp to itself": ("lone hsdp", LONE | hsdp)}
+        four |= {"lone hsdp": (None, LONE | HSDP), "lone hsdp to itself": ("lone hsdp", LONE | HSDP)}
     results |= on_ranks(4, four)
     results |= on_ranks(
         2,
         {
             "all hsdp to two": ("all hsdp", ALL),
-            "all hsdp to two replicas": ("all hsdp", ALL | hsdp),
+            "all hsdp to two replicas": ("all hsdp", ALL | HSDP),
             "few plain to two": ("few plain", FEW),
         },
     )
@@ -212,6 +228,15 @@ def runs(token_folder, tmp_path_factory):
     return results
 
 
+def test_two_copies_train_as_two_parts(pair):
+    shared, copies = pair["shared"], pair["copies"]
+    assert copies["losses"] == pytest.approx(shared["losses"], abs=1e-5)
+    assert copies["norms"] == pytest.approx(shared["norms"], abs=1e-4)
+    assert shared["losses"][4] < shared["losses"][0] - 1e-3
+    assert (shared["parts"], copies["parts"]) == ([[2, 32, 64]] * 2, [[4, 32, 64]] * 2)
+
+
+@pytest.mark.slow
 def test_every_arrangement_trains_as_one_process_and_goes_on_from_any_other(runs):
     """Four ranks as two replicas of two parts, four ranks with two experts, weights kept; one and two ranks."""
     arranged = [name for name in runs if name.split()[0] in ("all", "few")]
@@ -225,6 +250,7 @@ def test_every_arrangement_trains_as_one_process_and_goes_on_from_any_other(runs
         assert abs(one["losses"][4] - one["losses"][3]) > 1e-3 and min(one["norms"]) > 0.5
 
 
+@pytest.mark.slow
 def test_parts_of_the_experts(runs):
     """w_up `(E, D, 2F)`: along E, or along D where the ranks that share a replica do not divide E."""
     assert runs["all hsdp"]["parts"] == [[2, 32, 64]] * 4
@@ -233,6 +259,7 @@ def test_parts_of_the_experts(runs):
     assert runs["all hsdp to two replicas"]["parts"] == [[4, 32, 64]] * 2
 
 
+@pytest.mark.slow
 def test_8_bit_moments_on_a_mesh_of_replicas(runs):
     """Parts along D, too, go through a checkpoint bit for bit, and replicas (ranks 0 and 2, 1 and 3) round alike."""
     pytest.importorskip("torchao")
@@ -330,9 +357,9 @@ BACKWARD = [
 ]
 
 
-def test_the_next_block_is_gathered_while_one_computes(runs):
+def test_the_next_block_is_gathered_while_one_computes(pair):
     """And no further. With activation checkpointing, the block that computes again has been gathered for it."""
-    events = runs["gathers"]
+    events = pair["gathers"]
     assert events["always"] == FORWARD + BACKWARD
     assert events["never"] == FORWARD + [event for event in BACKWARD if event.startswith("backward")]
     gathers = [[e for e in events[mode] if e.startswith("gather")] for mode in ("always", "always, block")]
