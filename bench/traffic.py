@@ -173,7 +173,7 @@ class _Logits(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(logits)
 
-    def forward(self, _rows: Tensor) -> Tensor:
+    def forward(self, _rows: Tensor, _jitter_key: None = None) -> Tensor:
         return self.logits
 
 

@@ -65,6 +65,7 @@ def test_what_is_not_kept_is_said(runs, name, loss, capsys):
     assert capsys.readouterr().err == f"not within its bound: {name}\n"
 
 
+@pytest.mark.slow
 def test_a_run_is_made_once(tmp_path, monkeypatch, capfd):
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()

@@ -160,6 +160,7 @@ def test_layers_steps_and_lengths_share_compilations_and_masks(dense):
     assert flex._cached_block_mask.cache_info().misses == 2 * 4
 
 
+@pytest.mark.slow
 def test_one_process_may_need_more_graphs_than_pytorch_grants(dense):
     """Batches, gradients or none, dtypes and lengths: 8 graphs are PyTorch's limit, and beyond it is an error."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

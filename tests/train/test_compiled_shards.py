@@ -79,7 +79,8 @@ parallel.stop()
 """
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_sharded_blocks_compile_but_for_the_routers(backend, tmp_path):
     """A router is an FSDP2 group of its own, and its hooks run uncompiled, in the middle of a block."""
     (tmp_path / "ranks.py").write_text(RANKS)

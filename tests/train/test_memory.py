@@ -73,8 +73,8 @@ AGREE = {
     "replicas in backward": (4, BF16, True, TWO_COPIES | {"optimizer_in_backward": True}),
     "small": (1, BF16, True, SMALL | {"batch_size": 32}),
     "small, fp32 on a GPU": (1, FP32, True, SMALL),
-    "small on a CPU": (1, FP32, False, SMALL),
-    "small on a CPU, block": (1, FP32, False, SMALL | {"checkpointing": "block"}),
+    "small on a CPU": (1, FP32, False, SMALL | {"layers": 3}),
+    "small on a CPU, block": (1, FP32, False, SMALL | {"layers": 3, "checkpointing": "block"}),
 }
 
 

@@ -151,6 +151,7 @@ trainer.loader.close()
 if world.is_main:
     with open(sys.argv[2], "w") as f:
         json.dump(steps, f)
+dist.barrier()  # a rank that leaves first may take the other's connections down
 stop()
 """
 
