@@ -24,19 +24,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 
 from moe_engine import flex
+from moe_engine.autograd import refuse_create_graph
 from moe_engine.config import ModelConfig
 
 _QUERY_BLOCK = 512  # queries whose scores exist at once, where there is no fused kernel
-
-
-def refuse_create_graph(function: str) -> None:
-    """Called in a backward whose results would silently count as constants. Compiled, it is PyTorch that refuses.
-
-    Raises:
-        RuntimeError: gradients of the gradients are asked for.
-    """
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        raise RuntimeError(f"{function} is differentiable once: create_graph=True cannot be had")
 
 
 class RotaryEmbedding:

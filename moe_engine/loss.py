@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_engine.autograd import refuse_create_graph
+
 CHUNK_BYTES = 1 << 24  # of fp32 logits at once in _OnePass: a CPU's cache
 CHUNK_LOGITS = 1 << 25  # at once in _Recompute, while that is CHUNK_WORDS or more
 CHUNK_WORDS = 4096  # at least: with fewer, adding a chunk's (T, D) share to the gradient of x costs more than its GEMM
@@ -66,12 +68,6 @@ def _chunk_grad_logits(
     return torch.mul(grad, scale, out=logits)
 
 
-def _refuse_create_graph() -> None:
-    """Called in backward: its results would silently count as constants. Compiled, it is PyTorch that refuses."""
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy is differentiable once: create_graph=True cannot be had")
-
-
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, z_coef: float) -> Tensor:
@@ -91,7 +87,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        _refuse_create_graph()
+        refuse_create_graph("linear_cross_entropy")
         x, weight, targets, lse = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_x = torch.zeros_like(x, dtype=lse.dtype) if need_x else None
@@ -150,7 +146,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        _refuse_create_graph()
+        refuse_create_graph("linear_cross_entropy")
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:
             grad_x = grad_x * grad_loss

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_engine import checkpointing
-from moe_engine.attention import Attention, KVCache, RotaryEmbedding, refuse_create_graph
+from moe_engine.attention import Attention, KVCache, RotaryEmbedding
+from moe_engine.autograd import refuse_create_graph
 from moe_engine.config import ModelConfig
 from moe_engine.loss import linear_cross_entropy
 from moe_engine.moe import MoELayer
