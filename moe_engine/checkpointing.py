@@ -102,7 +102,7 @@ def run(mode: str, function: Callable[..., Any], *args: Any) -> Any:
 
     Args:
         mode: one of `MODES`.
-        function: a deterministic function of tensors that draws no random numbers.
+        function: deterministic: the random numbers that it draws, if any, depend on its arguments alone.
     Raises:
         RuntimeError: in backward, of selective mode, if the function does not repeat itself, or at a second backward.
     """

@@ -91,7 +91,9 @@ class JitterKey(NamedTuple):
 def _jitter(x: Tensor, epsilon: float, seed: int, layer: int, sequence: int) -> Tensor:
     """Factors from uniform(1 − epsilon, 1 + epsilon), fp32 of x's shape; each sequence `x[i]` has its own generator.
 
-    An operation, since torch.compile cannot look into generators.
+    What a sequence gets does not depend on the batch, or rank, that it is in. x is `(B, T, D)`, or `(T, D)` for one
+    sequence. Factors are fp32, since in 16 bits a small one would be rounded to 1. An operation, since torch.compile
+    cannot look into generators.
     """
     factors = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     for i, part in enumerate(factors if factors.dim() > 2 else factors.unsqueeze(0)):
@@ -106,24 +108,10 @@ def _(x, epsilon, seed, layer, sequence):
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
-def jitter(x: Tensor, epsilon: float, key: JitterKey) -> Tensor:
-    """Multiplicative noise on the router's input, differentiable in x.
-
-    Args:
-        x: `(B, T, D)`, or `(T, D)` for one sequence.
-        epsilon: the factors are uniform in 1 ± epsilon.
-        key: the same key gives the same noise on the same kind of device; what a sequence gets does not depend on the
-            batch, or rank, that it is in.
-    Returns:
-        x · factors, of x's shape, in fp32 or better: in 16 bits a small factor would be rounded to 1.
-    """
-    return x * _jitter(x.detach(), epsilon, *key)
-
-
 class _WideLinear(torch.autograd.Function):
     """A linear layer in fp32 or better, also under autocast, that saves x as it came: autograd keeps a wide copy.
 
-    With noise, what `jitter` takes besides x, its input is x with noise; backward draws the factors again.
+    With noise, what `_jitter` takes besides x, its input is x with noise; backward draws the factors again.
     """
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from moe_engine import MoEConfig, MoELayer, Transformer, reference, torch_backend, triton_backend
 from moe_engine.checkpointing import MODES
 from moe_engine.config import ACTIVATIONS, GATES, ModelConfig
-from moe_engine.router import JitterKey, Router, jitter
+from moe_engine.router import JitterKey, Router, _jitter
 from moe_engine.testing import FP64_SUMS, LOGITS, assert_budget_bites, assert_close, normal, parameters, routing_logits
 
 BIASED = MoEConfig(d_model=24, d_ff=20, router_balance="bias")
@@ -23,6 +23,11 @@ MODEL = ModelConfig(
 )
 BIASED_MODEL = dataclasses.replace(MODEL, router_balance="bias", router_jitter=0.2)
 KEY = JitterKey(seed=3, layer=1, sequence=70)
+
+
+def jitter(x, epsilon, key):
+    """x with the router's noise on it."""
+    return x * _jitter(x.detach(), epsilon, *key)
 
 
 def _device(backend: str) -> str:
