@@ -229,13 +229,14 @@ class Trainer:
                 f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
                 f"{known['tokens_per_iteration']} tokens per iteration, this start has {self.tokens_per_iteration}"
             )
-        had = known["ranks"] // known["arguments"].get("dp_replicate", 1)
-        have = self.world.size // self.config.dp_replicate
-        if self.config.optimizer == "adamw8bit" and had != have:
-            raise InputError(
-                f"--optimizer adamw8bit: the run in {self.config.out_dir} has its moments in the parts of {had} "
-                f"processes, this start has {have}; their blocks cannot be cut anew (processes / --dp_replicate)"
-            )
+        if self.config.optimizer == "adamw8bit":
+            had = known["ranks"] // known["arguments"].get("dp_replicate", 1)
+            have = self.world.size // self.config.dp_replicate
+            if had != have:
+                raise InputError(
+                    f"--optimizer adamw8bit: the run in {self.config.out_dir} has its moments in the parts of {had} "
+                    f"processes, this start has {have}; their blocks cannot be cut anew (processes / --dp_replicate)"
+                )
         self.loader.load_state_dict(known["loader"])
         state = self.checkpoints.load(path, self.model, self.engine.optimizer, self.device)
         self.iteration = state["iteration"]

@@ -94,6 +94,17 @@ def test_resume_is_bitwise_the_run_that_was_never_interrupted(small_run, tmp_pat
     assert not torch.equal(a["blocks.0.moe.w_up"], weights(whole, 6)["blocks.0.moe.w_up"])
 
 
+def test_a_checkpoint_from_before_ranks_were_written_down_resumes(small_run):
+    config = small_run(max_iters=4)
+    assert command.train(dataclasses.replace(config, max_iters=2)) == 0
+    file = Path(config.out_dir) / "ckpt/step_00000002/state.json"
+    state = json.loads(file.read_text())
+    del state["ranks"], state["arguments"]["dp_replicate"]
+    file.write_text(json.dumps(state))
+    assert command.train(config) == 0
+    assert len(records(config)) == 4
+
+
 def test_metrics_written_after_the_last_checkpoint_do_not_count_twice(small_run, tmp_path):
     """A killed run has logged iterations that its checkpoint does not have; resuming logs them once."""
     whole = small_run(out_dir=str(tmp_path / "whole"))

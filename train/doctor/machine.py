@@ -110,11 +110,8 @@ def _memory(setup: Setup) -> Outcome:
     check_replicas(setup.ranks, config.dp_replicate)
     if setup.memory:
         return _step_memory(setup, have)
-    sharing = setup.ranks if on_host else 1
-    count, need = (
-        count_parameters(setup.model),
-        lasting_need(config, count_parameters(setup.model), setup.ranks, sharing),
-    )
+    count = count_parameters(setup.model)
+    need = lasting_need(config, count, setup.ranks, sharing=setup.ranks if on_host else 1)
     where = f"on each of {setup.ranks} devices" if setup.ranks > 1 and not on_host else "on one device"
     found = (
         f"{name}: {count / 1e6:,.1f} M parameters take {need / 1e9:,.2f} GB {'on this host' if on_host else where} "
