@@ -121,10 +121,6 @@ class Footprint(TorchDispatchMode):
         self._look(name)
         return out
 
-    def __enter__(self) -> Footprint:
-        super().__enter__()
-        return self
-
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with a storage of their own that a wrapper (8-bit moments) consists of."""
