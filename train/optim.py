@@ -200,6 +200,8 @@ class StepInBackward:
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
         self.optimizer, self.grad_clip = optimizer, grad_clip
         self._norms: dict[Tensor, Tensor | None] = dict.fromkeys(model.parameters())
+        # By number: a checkpoint that is loaded replaces the groups themselves.
+        self._group = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._step)
 
@@ -213,7 +215,7 @@ class StepInBackward:
             torch.nn.utils.clip_grads_with_norm_([parameter], self.grad_clip, norm)
         optimizer = self.optimizer
         groups = optimizer.param_groups
-        (group,) = (g for g in groups if any(p is parameter for p in g["params"]))
+        group = groups[self._group[parameter]]
         # Judged by the optimizer: PyTorch's kernel does so on the device, where the host need not wait for it.
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.param_groups = [{**group, "params": [parameter]}]
