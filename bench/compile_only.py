@@ -14,8 +14,7 @@ Nothing is timed, and no claim of speed follows from this table alone.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import Any
 
 from moe_engine.bench.compile_worker import PHASES, Job, Report, run_job
 from moe_engine.bench.machine_code import CARDS
-from moe_engine.bench.shapes import DTYPES, versions
+from moe_engine.bench.runner import append_rows, make_row
+from moe_engine.bench.shapes import DTYPES
 from moe_engine.config import SAVE
 from moe_engine.presets import PRESETS
 from moe_engine.train.cli import run_command
@@ -131,20 +131,16 @@ def _print(arch: str, report: Report) -> None:
         print(_table_line(row), *row["violations"], sep="\n    ")
 
 
-def _stamped(arch: str, report: Report, config: CompileConfig) -> Iterator[dict[str, Any]]:
-    for row in report.rows:
-        yield {
-            "benchmark": "compile",
-            "preset": config.script or config.preset,
-            "tokens": config.tokens,
-            "dtype": config.dtype,
-            "save": config.save,
-            "device": f"none, compiled for {CARDS[arch].name}",
-            **row,
-            "default": is_default(row),
-            "versions": versions(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
+def _rows(arch: str, report: Report, config: CompileConfig) -> list[dict[str, Any]]:
+    """Results as rows: what tells two kernels of a layer apart is a setting; what the compiler made of it is not."""
+    chosen = {"preset": config.script or config.preset}
+    chosen |= {name: getattr(config, name) for name in ("tokens", "dtype", "save")}
+    device, rows = f"none, compiled for {CARDS[arch].name}", []
+    for found in report.rows:
+        settings = chosen | {name: found[name] for name in ("arch", "constants", "warps", "stages")}
+        values = {name: value for name, value in found.items() if name not in settings and name != "kernel"}
+        rows.append(make_row("compile", found["kernel"], settings, device, **values, default=is_default(found)))
+    return rows
 
 
 def compile_only(config: CompileConfig) -> int:
@@ -168,9 +164,7 @@ def compile_only(config: CompileConfig) -> int:
             _print(arch, report)
             broken += failures(arch, report)
             if config.output:
-                from moe_engine.bench.runner import append_rows
-
-                append_rows(Path(config.output), list(_stamped(arch, report, config)))
+                append_rows(Path(config.output), _rows(arch, report, config))
     print("\nno rule is broken" if not broken else "\nbroken rules:\n  " + "\n  ".join(broken))
     return 1 if broken else 0
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moe_engine import MoEConfig, MoELayer, reference, torch_backend
 from moe_engine.bench.peers import from_mixtral_block, mixtral_block
-from moe_engine.bench.runner import append_rows, interleave, row
+from moe_engine.bench.runner import append_rows, interleave, make_row
 from moe_engine.testing import normal, parameters, relative_error
 from moe_engine.train.cli import run_command
 from moe_engine.train.device import keep_freed_memory
@@ -211,7 +211,9 @@ def layer(config: LayerConfig) -> int:
 
     settings: dict[str, Any] = asdict(config)
     del settings["output"], settings["rounds"]
-    rows = [row("layer", name, s, **settings, flops=flops(config), baseline=fastest) for name, s in seconds.items()]
+    rows = [
+        make_row("layer", name, s, **settings, flops=flops(config), baseline=fastest) for name, s in seconds.items()
+    ]
     print(
         f"T {config.tokens}, D {config.d_model}, F {config.d_ff}, E {config.experts}, K {config.top_k}, fp32, "
         f"{rows[0]['device']}, forward and backward, {config.rounds} rounds"

@@ -7,14 +7,13 @@ Without options: the configurations of `configs/` that the guide promises, again
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_engine.bench.runner import append_rows
-from moe_engine.bench.shapes import versions
+from moe_engine.bench.runner import append_rows, make_row
+from moe_engine.bench.targets import CONFIGS, GUIDE
 from moe_engine.memory import KINDS
 from moe_engine.train import config as settings
 from moe_engine.train import memory
@@ -23,8 +22,6 @@ from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import DTYPES
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -35,31 +32,6 @@ class Flags(TrainConfig):
     ranks: int = option(1, "devices")
     memory_gb: float | None = option(None, "memory of one device in GB: prints the largest batch_size that fits")
     output: str = option("", "JSONL file to add the result to")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the guide's table of memory requirements, GB per device.
-
-    Attributes:
-        file: in `configs/`.
-        guide: what the guide says; required: what has to be kept; aim: what would be good.
-    """
-
-    file: str
-    card: str
-    ranks: int
-    guide: float
-    required: float
-    aim: float
-
-
-GUIDE = (
-    Row("8b_1x40gb.toml", "A100 40 GB", 1, 35, 37.5, 35),
-    Row("8b_1x80gb.toml", "A100 80 GB", 1, 70, 70, 60),
-    Row("8b_8x40gb.toml", "A100 40 GB", 8, 32, 32, 26),
-    Row("8b_8x80gb.toml", "A100 80 GB", 8, 60, 60, 38),
-)
 
 
 def _run(config: TrainConfig, ranks: int) -> tuple[memory.Run, memory.Estimate]:
@@ -81,24 +53,22 @@ def _line(run: memory.Run, found: memory.Estimate) -> str:
     )
 
 
-def _result(run: memory.Run, found: memory.Estimate, **values: Any) -> dict[str, Any]:
+def _result(name: str, run: memory.Run, found: memory.Estimate, **values: Any) -> dict[str, Any]:
     config = run.config
-    return {
-        "benchmark": "memory",
+    names = ("preset", "batch_size", "block_size", "grad_accum_steps", "optimizer", "optimizer_in_backward")
+    names += ("param_dtype", "checkpointing", "checkpoint_every", "dp_replicate")
+    settings = {name: getattr(config, name) for name in names}
+    return make_row(
+        "memory",
+        name,
+        settings | {"dtype": str(run.dtype).removeprefix("torch."), "ranks": run.ranks},
+        "none, fake tensors",
+        bytes=found.parts,
+        total=found.total,
+        reserved=found.reserved,
+        formula=memory.formula(run),
         **values,
-        **{name: getattr(config, name) for name in ("preset", "batch_size", "block_size", "grad_accum_steps")},
-        **{name: getattr(config, name) for name in ("optimizer", "optimizer_in_backward", "param_dtype")},
-        **{name: getattr(config, name) for name in ("checkpointing", "checkpoint_every", "dp_replicate")},
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "ranks": run.ranks,
-        "bytes": found.parts,
-        "total": found.total,
-        "reserved": found.reserved,
-        "formula": memory.formula(run),
-        "device": "none, fake tensors",
-        "versions": versions(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+    )
 
 
 def guide_table(output: str) -> int:
@@ -106,19 +76,24 @@ def guide_table(output: str) -> int:
     if not CONFIGS.is_dir():
         raise InputError(f"{CONFIGS}: expected the folder of configurations, which only a source tree has")
     rows, broken = [], 0
-    for row in GUIDE:
-        table = settings.read_toml(CONFIGS / row.file)
-        run, found = _run(settings.resolve({}, {"data_dir": "", **table}), row.ranks)
+    for target in GUIDE:
+        table = settings.read_toml(CONFIGS / target.file)
+        run, found = _run(settings.resolve({}, {"data_dir": "", **table}), target.ranks)
         reserved = found.reserved / 1e9
-        verdict = "within the aim" if reserved <= row.aim else "PASS" if reserved <= row.required else "FAIL"
+        verdict = (
+            "within the aim" if reserved <= target.aim_gb else "PASS" if reserved <= target.required_gb else "FAIL"
+        )
         broken += verdict == "FAIL"
         print(
-            f"{row.ranks} × {row.card}, {run.config.batch_size} × {run.config.block_size} ({row.file}): "
-            f"{reserved:.1f} GB; guide ~{row.guide:g}, required ≤ {row.required:g}, aim ≤ {row.aim:g}: {verdict}\n"
+            f"{target.ranks} × {target.card.name}, {run.config.batch_size} × {run.config.block_size} ({target.file}): "
+            f"{reserved:.1f} GB; guide ~{target.guide_gb:g}, required ≤ {target.required_gb:g}, "
+            f"aim ≤ {target.aim_gb:g}: {verdict}\n"
             f"{_line(run, found)}",
             flush=True,
         )
-        rows.append(_result(run, found, name=row.file, card=row.card, required=row.required, verdict=verdict))
+        rows.append(
+            _result(target.file, run, found, card=target.card.name, required=target.required_gb, verdict=verdict)
+        )
     if output:
         append_rows(Path(output), rows)
     return 1 if broken else 0
@@ -141,7 +116,7 @@ def one_run(config: TrainConfig, ranks: int, memory_gb: float | None, output: st
         answer = f"largest batch_size in {memory_gb:g} GB: {largest}" if largest else f"no batch fits {memory_gb:g} GB"
         print(answer + left)
     if output:
-        append_rows(Path(output), [_result(run, found, memory_gb=memory_gb, largest_batch=largest)])
+        append_rows(Path(output), [_result(config.preset, run, found, memory_gb=memory_gb, largest_batch=largest)])
     return 1 if largest == 0 else 0
 
 

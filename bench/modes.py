@@ -14,13 +14,12 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_engine.bench.runner import append_rows
+from moe_engine.bench.runner import append_rows, make_row
 from moe_engine.train.cli import run_command
 from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import deterministic, read_metrics
@@ -102,32 +101,31 @@ def _validation(records: Records) -> tuple[list[int], list[float]]:
 
 
 def _row(config: ModesConfig, name: str, records: Records, plain: Records) -> dict[str, Any]:
-    """One result, with what the run's own env.json says of its machine and versions."""
+    """One result, with what the run's own env.json says of it."""
     environment = json.loads((Path(config.out) / name / "env.json").read_text(encoding="utf-8"))
     loss, reference = _validation(records)[1][-1], _validation(plain)[1][-1]
     same = [deterministic(r) for r in records] == [deterministic(r) for r in plain]
     difference, bound = loss / reference - 1, MODES[name].bound
-    return {
-        "benchmark": "modes",
-        "name": name,
-        "flags": list(MODES[name].flags),
-        "iterations": config.max_iters,
+    values = {
         "val_loss": loss,
         "difference": difference,
         "bitwise_equal": same,
         "bound": bound,
         # A NaN is not within any bound.
         "kept": math.isfinite(loss) and (bound is None or (same if bound == 0 else abs(difference) <= bound)),
-        **{key: environment[key] for key in ("device", "versions", "git")},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    settings = {"flags": list(MODES[name].flags), "iterations": config.max_iters}
+    code = environment["git"]
+    commit = None if code is None else code["commit"] + ("+" if code["changed"] else "")
+    found = make_row("modes", name, settings, environment["device"], **values)
+    return found | {"versions": environment["versions"], "commit": commit}
 
 
 def table_line(row: dict[str, Any]) -> str:
     """A result as a line of the table in docs/training.md."""
     plain = row["name"] == PLAIN
     same = "" if plain else "bitwise equal" if row["bitwise_equal"] else "differ"
-    flags = "plain" if plain else f"`{' '.join(row['flags'])}`"
+    flags = "plain" if plain else f"`{' '.join(row['settings']['flags'])}`"
     return f"| {flags} | {row['val_loss']:.4f} | {100 * row['difference']:+.2f} % | {same} |"
 
 

@@ -1,12 +1,22 @@
-"""Timing that can be compared, and rows that say where they are from."""
+"""Timing that can be compared, and rows that say where they are from.
+
+A row is one result as a JSON object:
+
+    benchmark, name    what was measured; `name` is one of the things that a run compares
+    settings           shape, dtype and options: two rows are of the same thing when these three are equal
+    p20, p50, p80      seconds, with `rounds` of them; `band` is how far p50 may be off when it is measured again
+    …                  what else was found: bytes, FLOPs, ratios
+    device, threads, versions, commit (`+`: and changes), time
+
+Rows are only ever added to a file; the newest one of a thing counts.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-import platform
 import time
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +24,145 @@ import numpy as np
 import torch
 
 from moe_engine.train.device import device_name
+from moe_engine.train.environment import git_commit, versions
+from moe_engine.train.errors import InputError
+
+LEAST_BAND = 0.05
+"""A median of one run is not known better than this, however little its rounds differ: clocks and neighbours change."""
+PACKAGES = ("moe-engine", "torch", "triton", "numpy", "transformers")
+WRITTEN = ("bench/results", "docs")
+"""Folders that results are written to: they do not make the code another one."""
+CPU = torch.device("cpu")
 
 
-def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, np.ndarray]:
+class Timer:
+    """Seconds of a call: by the clock on a CPU; by events on a GPU, with its L2 cache emptied before.
+
+    Emptying takes longer than the launches after it, so that the host is ahead when the first event is reached.
+    """
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+        if device.type == "cuda":
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(max(4 * cache, 1 << 28), dtype=torch.int8, device=device)
+
+    def __call__(self, function: Callable[[], Any]) -> float:
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            function()
+            return time.perf_counter() - begin
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin_event.record()
+        function()
+        end_event.record()
+        torch.cuda.synchronize(self.device)
+        return begin_event.elapsed_time(end_event) / 1e3
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, device: torch.device = CPU
+) -> dict[str, np.ndarray]:
     """Seconds of each function in each round, all of them in turn in every round.
 
-    What disturbs the machine for a while then disturbs all of them. CPU only: nothing is synchronised.
+    What disturbs the machine for a while then disturbs all of them.
     """
+    timer = Timer(device)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warmup + rounds):
         for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
+            took = timer(function)
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(took)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def row(benchmark: str, name: str, seconds: np.ndarray, **values: Any) -> dict[str, Any]:
-    """One result: what was measured, on what, and its 20th, 50th and 80th percentile in seconds."""
-    p20, p50, p80 = (float(p) for p in np.percentile(seconds, (20, 50, 80)))
-    versions = {package: metadata.version(package) for package in ("moe-engine", "torch", "numpy", "transformers")}
+@functools.cache  # the code of a process is the one that it began with
+def _commit() -> str | None:
+    code = git_commit(WRITTEN)
+    return None if code is None else code["commit"] + ("+" if code["changed"] else "")
+
+
+def stamp(device: torch.device | str) -> dict[str, Any]:
+    """Where and when a result was found.
+
+    Args:
+        device: what computed it, or words for it where nothing ran on a device.
+    """
     return {
-        "benchmark": benchmark,
-        "name": name,
-        **values,
-        "p20": p20,
-        "p50": p50,
-        "p80": p80,
-        "rounds": len(seconds),
-        "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **versions},
+        "device": device if isinstance(device, str) else device_name(device),
+        "threads": torch.get_num_threads() if device == CPU else None,
+        "versions": versions(*PACKAGES),
+        "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def quantiles(seconds: np.ndarray) -> dict[str, float]:
+    """20th, 50th and 80th percentile, the band and the number of rounds, as a row has them."""
+    p20, p50, p80 = (float(p) for p in np.percentile(seconds, (20, 50, 80)))
+    band = max(LEAST_BAND, p80 / p50 - 1, 1 - p20 / p50)
+    return {"p20": p20, "p50": p50, "p80": p80, "band": band, "rounds": len(seconds)}
+
+
+def make_row(
+    benchmark: str,
+    name: str,
+    settings: Mapping[str, Any],
+    device: torch.device | str = CPU,
+    seconds: np.ndarray | None = None,
+    **values: Any,
+) -> dict[str, Any]:
+    """One result.
+
+    Args:
+        benchmark: the subcommand.
+        name: what was measured.
+        settings: everything that has to be equal for two results to be comparable, device and versions apart.
+        device: see `stamp`.
+        seconds: of each round; None where nothing was timed.
+        values: what was found.
+    """
+    timed = {} if seconds is None else quantiles(seconds)
+    return {"benchmark": benchmark, "name": name, "settings": dict(settings), **timed, **values, **stamp(device)}
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add results to a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(r) + "\n" for r in rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, oldest first.
+
+    Raises:
+        InputError: there is no such file, or a line is no row.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a JSONL file of results, found none")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            complete = all(key in rows[-1] for key in ("benchmark", "name", "settings", "device", "time"))
+        except (ValueError, TypeError):
+            complete = False
+        if not complete:
+            raise InputError(f"{path}, line {number}: expected a result of moe-bench, got {line[:60]!r}")
+    return rows
+
+
+def identity(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a row is a result of."""
+    return row["benchmark"], row["name"], json.dumps(row["settings"], sort_keys=True)
+
+
+def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last row of each thing and device, in the order of their first appearance."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for r in rows:
+        found[*identity(r), r["device"]] = r
+    return list(found.values())

@@ -1,15 +1,46 @@
-"""One MoE layer as the checks of kernels need it: its sizes, and the least memory traffic of its step.
+"""The MoE layers that benchmarks speak of: their sizes, the routing they get, and the least memory traffic of a step.
 
 T = tokens, D = d_model, F = d_ff, E = experts, K = top_k
 """
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from moe_engine.config import MoEConfig
+from moe_engine.presets import preset
+from moe_engine.testing import normal, routing_logits
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+MIXTRAL_STYLE = {"activation": "swiglu", "expert_bias": False, "router_bias": False}
+"""What a layer of Mixtral's manner is in ours: plain SwiGLU, no biases."""
+
+SHAPES: dict[str, MoEConfig] = {
+    "8b": preset("8b").moe,
+    "gpt-oss-20b": MoEConfig(2880, 2880, 32, 4),
+    "mixtral-8x7b": MoEConfig(4096, 14336, 8, 2, **MIXTRAL_STYLE),
+    "olmoe": MoEConfig(2048, 1024, 64, 8, gate="softmax_then_topk", **MIXTRAL_STYLE),
+    "qwen3-30b-a3b": MoEConfig(2048, 768, 128, 8, **MIXTRAL_STYLE),
+    "cpu": MoEConfig(512, 1024, 8, 2),
+}
+"""Layers of models that people train, from their published configurations; `cpu` is one that a CPU does in a second."""
+
+ROUTING = ("balanced", "skewed", "one_hot")
+"""How tokens spread over the experts: evenly but for chance; each expert e^½ times fewer than the one before it; every
+token to the same K."""
+
+
+def routing(kind: str, tokens: int, experts: int, top_k: int, seed: int = 0) -> Tensor:
+    """Router logits `(T, E)` in fp32 of a kind in `ROUTING`."""
+    if kind != "one_hot":
+        return routing_logits(kind, tokens, experts, seed)
+    logits = normal(tokens, experts, seed=seed, dtype=torch.float32)
+    logits[:, :top_k] += 30
+    return logits
 
 
 @dataclass(frozen=True)
@@ -40,9 +71,3 @@ class LayerShape:
             forward -= 2 * tkf
             backward += td + 2 * edf + 2 * tkf
         return {"forward": self.itemsize * forward, "backward": self.itemsize * backward}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result, for its row."""
-    packages = ("moe-engine", "torch", "triton")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}

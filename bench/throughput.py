@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moe_engine import Transformer, preset
 from moe_engine.bench.peers import MIXTRAL_STYLE, mixtral
-from moe_engine.bench.runner import append_rows, interleave, row
+from moe_engine.bench.runner import append_rows, interleave, make_row
 from moe_engine.presets import PRESETS
 from moe_engine.router import balance_loss
 from moe_engine.train.cli import run_command
@@ -160,8 +160,8 @@ def throughput(config: ThroughputConfig) -> int:
         remote.close()
 
     settings: dict[str, Any] = asdict(config) | {"tokens": inputs.numel()}
-    settings.pop("output")
-    rows = [row("throughput", name, s, **settings) for name, s in seconds.items()]
+    del settings["output"], settings["rounds"]
+    rows = [make_row("throughput", name, settings, seconds=s) for name, s in seconds.items()]
     print(
         f"{config.preset}, {config.batch_size} × {config.block_size} tokens, {rows[0]['device']}, "
         f"memory setting: {config.memory}"
@@ -171,7 +171,7 @@ def throughput(config: ThroughputConfig) -> int:
         # The median of ratios of steps taken side by side, not a ratio of medians.
         r["ratio"] = float(np.median(seconds[REFERENCE] / seconds[r["name"]]))
         times = "".join(f"{1e3 * r[p]:9.1f}" for p in ("p20", "p50", "p80"))
-        print(f"{r['name']:36}{times}{r['tokens'] / r['p50']:9.0f}{r['ratio']:14.2f}")
+        print(f"{r['name']:36}{times}{inputs.numel() / r['p50']:9.0f}{r['ratio']:14.2f}")
     if config.output:
         append_rows(Path(config.output), rows)
     return 0

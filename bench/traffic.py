@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_engine import MoELayer, simulator
-from moe_engine.bench.runner import append_rows
-from moe_engine.bench.shapes import DTYPES, LayerShape, versions
+from moe_engine.bench.runner import append_rows, make_row
+from moe_engine.bench.shapes import DTYPES, LayerShape
 from moe_engine.config import ACTIVATIONS, SAVE, MoEConfig
 from moe_engine.kernels.launch import INTERPRETED
 from moe_engine.simulator import Access, Launch
@@ -289,16 +288,10 @@ def _count_launches(launches: list[Launch], counter: Counter) -> list[str]:
 def _append(config: TrafficConfig, rows: list[dict[str, Any]], totals: dict[str, int]) -> None:
     settings = asdict(config)
     output = settings.pop("output")
-    result = {
-        "benchmark": "traffic",
-        **settings,
-        "launches": rows,
-        "bytes": totals,
-        "floor": config.shape().floors(config.save),
-        "device": "none, Triton's interpreter",
-        "versions": versions(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+    floor = config.shape().floors(config.save)
+    result = make_row(
+        "traffic", "layer", settings, "none, Triton's interpreter", launches=rows, bytes=totals, floor=floor
+    )
     append_rows(Path(output), [result])
 
 

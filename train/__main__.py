@@ -6,13 +6,11 @@ import errno
 import json
 import platform
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from moe_engine.train.checkpoint import Checkpoints, write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import device_name, keep_freed_memory, pick_device, pick_dtype
+from moe_engine.train.environment import git_commit, versions
 from moe_engine.train.errors import InputError
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog
@@ -45,38 +44,15 @@ class Flags(TrainConfig):
 
 def environment(device: torch.device, world: World) -> dict[str, Any]:
     """What a run ran on: versions, device, code."""
-    versions = {}
-    for name in ("moe-engine", "torch", "triton", "numpy", "tiktoken"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
-        "versions": {"python": platform.python_version(), **versions, "torch": torch.__version__},
+        "versions": versions("moe-engine", "torch", "triton", "numpy", "tiktoken"),
         "platform": platform.platform(),
         "device": device_name(device),
         "devices": world.size,
-        "git": _git_commit(),
+        "git": git_commit(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _git_commit() -> dict[str, Any] | None:
-    """Commit of the source tree that runs, and whether it was changed; None for an installed package."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("ls-files", "--error-unmatch", "--full-name", __file__)).name != Path(__file__).name:
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def open_run(config: TrainConfig, toml: str, world: World) -> Path | None:

@@ -79,6 +79,11 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def data_sheet_peak(name: str) -> float | None:
+    """Dense 16-bit FLOP/s of a card by its device name; None for one that is not in the table."""
+    return next((1e12 * tflops for part, tflops in _PEAKS if part in name), None)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """FLOP/s that MFU is measured against, and where the number is from; None when nothing is known.
 
@@ -87,10 +92,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, tflops in _PEAKS:
-            if part in name:
-                return tflops * 1e12, f"data sheet, {part}, 16-bit dense"
-        return None, f"no peak known for {name}"
+        if (peak := data_sheet_peak(name)) is None:
+            return None, f"no peak known for {name}"
+        return peak, f"data sheet of {name}, 16-bit dense"
     size = 1024
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + 0.5

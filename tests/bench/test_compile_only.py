@@ -37,13 +37,13 @@ def compiled(tmp_path_factory):
 
 def test_the_default_tiles_keep_every_rule(compiled):
     status, text, rows = compiled
-    assert [(row["arch"], row["kernel"], row["violations"]) for row in rows if row["violations"]] == []
+    assert [(row["settings"], row["name"], row["violations"]) for row in rows if row["violations"]] == []
     assert status == 0 and text.rstrip().endswith("no rule is broken")
 
 
 @pytest.mark.parametrize("arch", DEFAULT_ARCH)
 def test_what_the_rules_say_again_in_plain_numbers(compiled, arch):
-    rows = [row for row in compiled[2] if row["arch"] == arch]
+    rows = [row for row in compiled[2] if row["settings"]["arch"] == arch]
     gemms = [row for row in rows if row["dot"]]
     # Up-projection, down-projection, gradient of a, gradient of x, two gradients of weights.
     assert sum(row["launches"].get("forward", 0) + row["launches"].get("backward", 0) for row in gemms) == 6
@@ -61,7 +61,7 @@ def test_what_the_rules_say_again_in_plain_numbers(compiled, arch):
 
 def test_a_layer_takes_at_most_14_launches(compiled):
     for arch in DEFAULT_ARCH:
-        rows = [row for row in compiled[2] if row["arch"] == arch]
+        rows = [row for row in compiled[2] if row["settings"]["arch"] == arch]
         launches = [sum(row["launches"].get(phase, 0) for row in rows) for phase in ("forward", "backward")]
         assert 0 < launches[0] < launches[1] and sum(launches) <= 14
 
@@ -69,7 +69,12 @@ def test_a_layer_takes_at_most_14_launches(compiled):
 def test_rows_say_what_they_are_of(compiled):
     _, text, rows = compiled
     for row in rows:
-        assert row["benchmark"] == "compile" and row["preset"] == "8b" and row["versions"]["triton"] and row["default"]
+        assert (
+            row["benchmark"] == "compile"
+            and row["settings"]["preset"] == "8b"
+            and row["versions"]["triton"]
+            and row["default"]
+        )
         assert "none" in row["device"], "no row may look as if a card had run it"
     assert [line.split()[0] for line in text.splitlines() if "kernels; launches: " in line] == list(DEFAULT_ARCH)
 

@@ -50,10 +50,10 @@ def test_the_table_of_machine_code_is_that_of_the_rows():
             found = [
                 row
                 for row in rows
-                if (row["arch"], row["kernel"], row["versions"]["triton"]) == (arch, kernel, "3.8.0")
+                if (row["settings"]["arch"], row["name"], row["versions"]["triton"]) == (arch, kernel, "3.8.0")
                 and phase in row["launches"]
             ]
-            tile = found[which]["constants"]
+            tile = found[which]["settings"]["constants"]
             sizes = f"{tile['BLOCK_M']}·{tile['BLOCK_N']}·{tile['BLOCK_K']}"
             cells.append(f"{sizes}, {found[which]['registers']}, {found[which]['shared'] // 1024}")
         assert f"| {name} | {' | '.join(cells)} |" in PAGE
@@ -64,7 +64,7 @@ def test_the_table_of_traffic_is_that_of_the_rows():
         launches = [launch["phase"] for launch in row["launches"]]
         counts = f"{launches.count('forward')} + {launches.count('backward')}"
         ratios = [f"{row['bytes'][phase] / row['floor'][phase]:.3f} ×" for phase in ("forward", "backward")]
-        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `--save {row['save']}`"))
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `--save {row['settings']['save']}`"))
         assert re.findall(r"[\d.]+ ×", line) == ratios and line.endswith(f"| {counts} |")
 
 

@@ -33,7 +33,7 @@ def test_it_prints_a_table_and_appends_rows(tmp_path, capsys):
         "moe_engine, gpt-oss",
     ]
     for row in rows.values():
-        assert row["p20"] <= row["p50"] <= row["p80"] and row["rounds"] == 2 and row["tokens"] == 40
+        assert row["p20"] <= row["p50"] <= row["p80"] and row["rounds"] == 2 and row["settings"]["tokens"] == 40
         assert row["versions"]["torch"] and row["device"] and row["baseline"] == "BLAS, one after the other"
     assert rows["BLAS, one after the other"]["ratio"] == 1.0 and rows["moe_engine, mixtral"]["ratio"] > 0
 

@@ -22,10 +22,10 @@ def test_it_prints_a_table_and_appends_rows(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "moe_engine, gpt-oss style" in table and "transformers Mixtral, grouped_mm" in table
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["memory"] for row in rows] == ["own"] * 4 + ["same"] * 4
+    assert [row["settings"]["memory"] for row in rows] == ["own"] * 4 + ["same"] * 4
     for row in rows:
-        assert row["p20"] <= row["p50"] <= row["p80"] and row["rounds"] == 2 and row["tokens"] == 32
-        assert row["versions"]["torch"] and row["device"] and row["preset"] == "tiny"
+        assert row["p20"] <= row["p50"] <= row["p80"] and row["rounds"] == 2 and row["settings"]["tokens"] == 32
+        assert row["versions"]["torch"] and row["device"] and row["settings"]["preset"] == "tiny"
     assert rows[2]["name"] == "transformers Mixtral, grouped_mm" and rows[2]["ratio"] == 1.0
 
 
