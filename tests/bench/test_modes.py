@@ -25,7 +25,7 @@ def runs(tmp_path):
                 for iteration, loss in CURVE.items():
                     log.metrics("train", iteration, loss=loss, tokens_per_second=1.0)
                     log.metrics("eval", iteration, loss=losses.get(name, loss) if iteration == 100 else loss)
-            environment = {"device": name, "versions": {"torch": "1"}, "git": {"commit": "0"}, "command": []}
+            environment = {"device": name, "versions": {"torch": "1"}, "git": {"commit": "0", "changed": True}, "command": []}
             (folder / "env.json").write_text(json.dumps(environment))
         return ["--data_dir", "nowhere", "--out", str(tmp_path / "runs"), "--max_iters", "100"]
 
@@ -45,6 +45,7 @@ def test_rows_table_and_picture(runs, tmp_path, capsys):
     rows = {row["name"]: row for row in map(json.loads, output.read_text().splitlines())}
     assert list(rows) == list(bench.MODES) and all(row["kept"] for row in rows.values())
     assert rows["adamw8bit"]["device"] == "adamw8bit" and rows["adamw8bit"]["versions"] == {"torch": "1"}
+    assert rows["adamw8bit"]["commit"] == "0+"
     assert rows["in_backward"]["difference"] == pytest.approx(0.125) and not rows["in_backward"]["bitwise_equal"]
 
 
