@@ -13,6 +13,8 @@ COMMANDS = {
     "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),
     "memory": ("memory", "peak memory of a training step by kind, counted under fake tensors; the largest batch"),
     "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),
+    "all": ("all", "everything that this machine can do, --quick in ten minutes; one folder with rows and pictures"),
+    "gpu": ("gpu", "a GPU in eight minutes: correctness, then kernels, layer and throughput"),
 }
 """Subcommand → its module in this folder, imported when it is called, and what it is for."""
 

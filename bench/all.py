@@ -1,0 +1,56 @@
+"""Everything that this machine can measure or check, in one folder.
+
+moe-bench all --quick --out out/bench     within ten minutes on two cores
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_engine.bench.suite import Step, finish, open_folder, run_step
+from moe_engine.train.cli import run_command
+from moe_engine.train.options import option
+
+
+@dataclass(frozen=True)
+class AllConfig:
+    """Options of `moe-bench all`."""
+
+    out: str = option("out/bench", "folder for results.json, pictures and report; made, must be empty")
+    quick: bool = option(False, "ten minutes on two cores: fewer rounds, fewer targets")
+
+
+def steps(quick: bool, on_gpu: bool) -> list[Step]:
+    """What `moe-bench all` runs."""
+    rounds = ("--rounds", "7" if quick else "30")
+    archs = ("sm_80", "sm_90") if quick else ("sm_80", "sm_90", "sm_100", "gfx942")
+    limit = 1.0 if quick else 6.0
+    return [
+        Step("roofline", (), 30 * limit),
+        Step("traffic", (), 60 * limit, picture=False),
+        Step("compile", ("--arch", *archs), 100 * limit, picture=False),
+        Step("memory", (), 120 * limit, picture=False),
+        Step("kernels", rounds, 100 * limit),
+        Step("layer", rounds, 100 * limit),
+        Step("throughput", (*rounds, *(() if on_gpu else ("--allow_unchecked",))), 150 * limit),
+    ]
+
+
+def run_all(config: AllConfig) -> int:
+    """`moe-bench all`."""
+    out, on_gpu = open_folder(config.out), torch.cuda.is_available()
+    ended = [run_step(step, out, step.seconds) for step in steps(config.quick, on_gpu)]
+    return finish(out, ended, torch.device("cuda" if on_gpu else "cpu"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return run_command("moe-bench all", AllConfig, run_all, argv, __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
