@@ -8,6 +8,8 @@ DATA        := data/stdlib
 PIP_FLAGS   ?=
 TRAIN_FLAGS ?=
 TEST_FLAGS  ?=
+# A file of tests runs in one of two processes, in the order of the listing: the last files are short ones.
+TEST_SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The first interpreter that is new enough; `make train PYTHON=...` takes another one.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -22,8 +24,8 @@ BIN := $(VENV)/bin
 train: $(VENV)/.ready-train $(DATA)/meta.json  ## set up, prepare the data, train the tiny model, show a sample
 	$(BIN)/moe-train --config configs/tiny.toml $(TRAIN_FLAGS)
 
-test: $(VENV)/.ready-test  ## set up and run the whole test suite
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+test: $(VENV)/.ready-test  ## set up and run the whole test suite, in two processes
+	$(BIN)/python -m pytest $(TEST_SPREAD) $(TEST_FLAGS)
 
 lint: $(VENV)/.ready-test  ## check style and formatting
 	$(BIN)/ruff check .
@@ -39,7 +41,7 @@ help:  ## show this list
 	@echo 'PYTHON=python3.12    another interpreter than the first one that is 3.11 or newer'
 	@echo 'PIP_FLAGS="..."      more options for pip install'
 	@echo 'TRAIN_FLAGS="..."    more options for moe-train, for example --max_iters 100'
-	@echo 'TEST_FLAGS="..."     more options for pytest, for example -m slow'
+	@echo 'TEST_FLAGS="..."     more options for pytest, for example -m slow, or -n 0 for one process'
 
 $(DATA)/meta.json: | $(VENV)/.ready-train
 	$(BIN)/moe-prepare --source stdlib --tokenizer o200k_base:4096 --out_dir $(DATA)

@@ -12,10 +12,15 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
     simulator.repair()
 
+# The tensors of tests are so small that two threads on a busy machine mostly wait for each other: here, in the fixtures
+# of modules too, and in the processes that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The tensors of tests are so small that two threads on a busy machine mostly wait for each other."""
+    """A test that takes more threads has them for itself."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -84,11 +84,11 @@ def data_sheet_peak(name: str) -> float | None:
     return next((1e12 * tflops for part, tflops in _PEAKS if part in name), None)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> tuple[float | None, str]:
     """FLOP/s that MFU is measured against, and where the number is from; None when nothing is known.
 
     Known cards: the data sheet's dense 16-bit peak (the dtype asked for is not looked at: TF32 is no target of ours).
-    A CPU: the best of the large matrix products that fit into half a second, timed now.
+    A CPU: the best of the large matrix products that fit into so many seconds (at least one), timed now.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -97,8 +97,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
         return peak, f"data sheet of {name}, 16-bit dense"
     size = 1024
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + 0.5
-    while (begin := time.perf_counter()) < end:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (begin := time.perf_counter()) < end or best == float("inf"):
         torch.mm(a, b)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best, f"measured, {size}³ matrix product"

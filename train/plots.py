@@ -51,11 +51,15 @@ def draw_plots(out_dir: Path, *, grad_clip: float | None = None, warmup_iters: i
     drawn = []
     for name, figure in figures.items():
         if figure is not None:
-            path, temporary = folder / f"{name}.png", folder / f".{name}.tmp"
-            figure.savefig(temporary, format="png", dpi=_DPI)
-            os.replace(temporary, path)
-            drawn.append(path)
+            _write(figure, folder / f"{name}.png")
+            drawn.append(folder / f"{name}.png")
     return drawn
+
+
+def _write(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.stem}.tmp")
+    figure.savefig(temporary, format="png", dpi=_DPI)
+    os.replace(temporary, path)
 
 
 def _loss(train: Records, evals: Records, warmup_iters: int | None) -> Any:

@@ -1,5 +1,6 @@
 """Small data folders and configurations for the tests of the driver, and what the tests of preparation share."""
 
+import functools
 import gzip
 import hashlib
 import json
@@ -7,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from moe_engine.train import loop, plots
 from moe_engine.train.config import ModelOverrides, TrainConfig, resolve
 from moe_engine.train.errors import InputError
 from moe_engine.train.prepare import PrepareConfig, prepare
@@ -50,15 +52,36 @@ def token_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def small_run(token_folder, tmp_path):
-    """Makes a `TrainConfig` for a run of seconds; keywords replace its values."""
+_WRITE = plots._write
 
-    def make(**values) -> TrainConfig:
+
+@pytest.fixture(scope="module", autouse=True)
+def short_extras():
+    """What a run of seconds would spend most of its time with: timing the CPU, and turning figures into PNG files.
+
+    It still times one matrix product, with random numbers as ever, and still makes every figure.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", functools.partial(loop.peak_flops, seconds=0.0))
+        patch.setattr(plots, "_write", lambda figure, path: path.touch())
+        yield
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """For tests of the pictures themselves: they are written."""
+    monkeypatch.setattr(plots, "_write", _WRITE)
+
+
+@pytest.fixture(scope="session")
+def small_run_in(token_folder):
+    """Makes a `TrainConfig` for a run of seconds in a given folder; keywords replace its values."""
+
+    def make(out_dir, **values) -> TrainConfig:
         model = MODEL | values.pop("model", {})
         defaults = {
             "data_dir": str(token_folder),
-            "out_dir": str(tmp_path / "run"),
+            "out_dir": str(out_dir),
             "preset": "tiny",
             "batch_size": 4,
             "block_size": 16,
@@ -75,6 +98,16 @@ def small_run(token_folder, tmp_path):
         config = resolve({**defaults, **values, "model": model})
         assert isinstance(config.model, ModelOverrides)
         return config
+
+    return make
+
+
+@pytest.fixture
+def small_run(small_run_in, tmp_path):
+    """The same in a folder of the test's own, unless `out_dir` names another."""
+
+    def make(**values) -> TrainConfig:
+        return small_run_in(values.pop("out_dir", tmp_path / "run"), **values)
 
     return make
 

@@ -50,7 +50,7 @@ def flags_of(config):
             for name, value in given.items() if value is not None]  # fmt: skip
 
 
-def test_a_run_leaves_everything_it_promises_and_learns(small_run):
+def test_a_run_leaves_everything_it_promises_and_learns(small_run, rendered):
     config = small_run(max_iters=60, lr_decay_iters=60, eval_interval=30, sample_every=30, lr=1e-2, log_interval=5)
     assert command.train(config) == 0
     out = Path(config.out_dir)

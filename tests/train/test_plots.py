@@ -10,6 +10,8 @@ import pytest
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.plots import draw_plots
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 PICTURES = {"loss", "learning_rate", "gradient_norm", "router_balance", "expert_load", "throughput"}
 
 
