@@ -25,7 +25,12 @@ def runs(tmp_path):
                 for iteration, loss in CURVE.items():
                     log.metrics("train", iteration, loss=loss, tokens_per_second=1.0)
                     log.metrics("eval", iteration, loss=losses.get(name, loss) if iteration == 100 else loss)
-            environment = {"device": name, "versions": {"torch": "1"}, "git": {"commit": "0", "changed": True}, "command": []}
+            environment = {
+                "device": name,
+                "versions": {"torch": "1"},
+                "git": {"commit": "0", "changed": True},
+                "command": [],
+            }
             (folder / "env.json").write_text(json.dumps(environment))
         return ["--data_dir", "nowhere", "--out", str(tmp_path / "runs"), "--max_iters", "100"]
 
