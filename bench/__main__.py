@@ -15,6 +15,7 @@ COMMANDS = {
     "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),
     "all": ("all", "everything that this machine can do, --quick in ten minutes; one folder with rows and pictures"),
     "gpu": ("gpu", "a GPU in eight minutes: correctness, then kernels, layer and throughput"),
+    "compare": ("compare", "two files of results: what became slower or larger, beyond the noise"),
 }
 """Subcommand → its module in this folder, imported when it is called, and what it is for."""
 

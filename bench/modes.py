@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_engine.bench import plots
 from moe_engine.bench.runner import append_rows, make_row
 from moe_engine.train.cli import run_command
 from moe_engine.train.errors import InputError
@@ -44,13 +45,13 @@ class Mode:
 
 PLAIN = "adamw"
 MODES = {
-    PLAIN: Mode((), 0.0, "#1f2933"),
-    "checkpointing_block": Mode(("--checkpointing", "block"), 0.0, "#2563eb"),
-    "checkpointing_selective": Mode(("--checkpointing", "selective"), 0.0, "#0d9488"),
-    "save_x": Mode(("--model.save", "x"), 0.0, "#7c3aed"),
-    "adamw8bit": Mode(("--optimizer", "adamw8bit"), 0.02, "#ea580c"),
+    PLAIN: Mode((), 0.0, plots.INK),
+    "checkpointing_block": Mode(("--checkpointing", "block"), 0.0, plots.BLUE),
+    "checkpointing_selective": Mode(("--checkpointing", "selective"), 0.0, plots.GREEN),
+    "save_x": Mode(("--model.save", "x"), 0.0, plots.VIOLET),
+    "adamw8bit": Mode(("--optimizer", "adamw8bit"), 0.02, plots.ORANGE),
     # Its clipping is another one, by design, and a run of this learning rate clips now and then.
-    "in_backward": Mode(("--optimizer_in_backward",), None, "#dc2626"),
+    "in_backward": Mode(("--optimizer_in_backward",), None, plots.RED),
 }
 
 
@@ -131,17 +132,9 @@ def table_line(row: dict[str, Any]) -> str:
 
 def draw(path: Path, runs: dict[str, Records]) -> None:
     """Validation loss of every run, and below it what it is above the plain one's, in percent."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    ink, muted, grid = "#1f2933", "#7b8794", "#e4e7eb"
-    figure = Figure(figsize=(8.0, 6.4), facecolor="white")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    figure.subplots_adjust(left=0.1, right=0.965, bottom=0.09, top=0.88, hspace=0.08)
-    figure.text(0.1, 0.955, "Ways to save memory: validation loss", fontsize=14, fontweight="bold", color=ink)
     note = "the tiny model in fp32, one seed; equal curves lie on each other: larger marks are drawn below smaller ones"
-    figure.text(0.1, 0.915, note, fontsize=9, color=muted)
+    options = {"rows": 2, "size": (8.0, 6.4), "sharex": True, "height_ratios": (3, 2)}
+    figure, (upper, lower) = plots.figure("Ways to save memory: validation loss", note, **options)
     base = _validation(runs[PLAIN])[1]
     for number, (name, records) in enumerate(runs.items()):
         x, y = _validation(records)
@@ -149,25 +142,14 @@ def draw(path: Path, runs: dict[str, Records]) -> None:
         style = {"color": MODES[name].color, "linewidth": 1.4, "marker": "o", "markersize": size}
         upper.plot(x, y, label=" ".join(MODES[name].flags) or "plain (AdamW)", **style)
         lower.plot(x, [100 * (a / b - 1) for a, b in zip(y, base, strict=True)], **style)
-    lower.axhspan(-2, 2, color=grid, alpha=0.5, zorder=0, linewidth=0)
-    lower.text(x[-1], 1.93, "allowed for 8-bit moments: ± 2 %", fontsize=8, color=muted, ha="right", va="top")
+    lower.axhspan(-2, 2, color=plots.GRID, alpha=0.5, zorder=0, linewidth=0)
+    lower.text(x[-1], 1.93, "allowed for 8-bit moments: ± 2 %", fontsize=8, color=plots.MUTED, ha="right", va="top")
     low, high = lower.get_ylim()
     lower.set_ylim(min(low, -2.5), max(high, 2.5))
-    upper.set_ylabel("nats per token", color=ink)
-    lower.set_ylabel("difference to plain in %", color=ink)
-    lower.set_xlabel("iteration", color=ink)
-    upper.legend(frameon=False, fontsize=9, labelcolor=ink)
-    for axes in (upper, lower):
-        axes.grid(True, color=grid, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=muted, labelsize=9, length=3)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color("#cbd2d9")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, path)
+    plots.style(upper, ylabel="nats per token")
+    plots.style(lower, "iteration", "difference to plain in %")
+    upper.legend(frameon=False, fontsize=9, labelcolor=plots.INK)
+    plots.save(figure, path)
 
 
 def compare(config: ModesConfig) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 from moe_engine.train.metrics import read_metrics
 from moe_engine.train.signs import short_number
 
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
-_BLUE, _ORANGE, _GREEN, _RED = "#2563eb", "#ea580c", "#0d9488", "#dc2626"
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea580c", "#0d9488", "#dc2626"
 _SIZE, _DPI = (8.0, 4.5), 130
 _FEW = 12  # up to so many points are drawn one by one
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.1, 0.965, 0.13, 0.83
@@ -47,19 +47,20 @@ def draw_plots(out_dir: Path, *, grad_clip: float | None = None, warmup_iters: i
         "throughput": _throughput(train),
     }
     folder = Path(out_dir) / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, figure in figures.items():
         if figure is not None:
-            _write(figure, folder / f"{name}.png")
-            drawn.append(folder / f"{name}.png")
+            drawn.append(save(figure, folder / f"{name}.png"))
     return drawn
 
 
-def _write(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> Path:
+    """Write a PNG picture, under another name first; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp")
     figure.savefig(temporary, format="png", dpi=_DPI)
     os.replace(temporary, path)
+    return path
 
 
 def _loss(train: Records, evals: Records, warmup_iters: int | None) -> Any:
@@ -68,10 +69,10 @@ def _loss(train: Records, evals: Records, warmup_iters: int | None) -> Any:
     if not x and not xe:
         return None
     figure, axes = _figure("Loss", "nats per token")
-    _curve(axes, x, y, _BLUE, "training")
+    _curve(axes, x, y, BLUE, "training")
     if xe:
         size = 5 if len(xe) <= 30 else 2.5
-        axes.plot(xe, ye, color=_ORANGE, linewidth=1.6, marker="o", markersize=size, label="validation")
+        axes.plot(xe, ye, color=ORANGE, linewidth=1.6, marker="o", markersize=size, label="validation")
         best = min((v for v in ye if math.isfinite(v)), default=math.nan)
         _subtitle(figure, f"validation {ye[-1]:.3f} at iteration {xe[-1]:,}, best {best:.3f}")
     _time_axis(axes, max(x[-1:] + xe[-1:]), warmup_iters)
@@ -88,7 +89,7 @@ def _learning_rate(train: Records, warmup_iters: int | None) -> Any:
         return None
     figure, axes = _figure("Learning rate", "learning rate")
     _subtitle(figure, f"{y[-1]:.2e} at iteration {x[-1]:,}, highest so far {max(y):.2e}")
-    axes.plot(x, y, color=_BLUE, linewidth=2, **_dots(x))
+    axes.plot(x, y, color=BLUE, linewidth=2, **_dots(x))
     axes.set_ylim(0, 1.08 * _highest(y, at_least=1e-9))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
     _time_axis(axes, x[-1], warmup_iters)
@@ -106,16 +107,16 @@ def _gradient_norm(train: Records, grad_clip: float | None) -> Any:
     usual = finite[int(0.97 * (len(finite) - 1))] if finite else 1.0
     top = 1.25 * max(usual, grad_clip or 0.0, 2.0)
     over = [(a, b) for a, b in zip(x, y, strict=True) if not b <= top]
-    _curve(axes, x, y, _BLUE, "norm")
+    _curve(axes, x, y, BLUE, "norm")
     if grad_clip:
-        axes.axhline(grad_clip, color=_MUTED, linewidth=1.2, linestyle="--", label=f"clip {grad_clip:g}")
-    axes.axhline(2.0, color=_ORANGE, linewidth=1.2, linestyle=":", label="warning 2.0")
+        axes.axhline(grad_clip, color=MUTED, linewidth=1.2, linestyle="--", label=f"clip {grad_clip:g}")
+    axes.axhline(2.0, color=ORANGE, linewidth=1.2, linestyle=":", label="warning 2.0")
     note = f"{y[-1]:.2f} at iteration {x[-1]:,}"
     if over:
         broken = len(y) - len(finite)
         note += f"; largest {finite[-1]:.3g}" if finite else ""
         note += f"; {broken} not finite" if broken else ""
-        axes.plot([a for a, _ in over], [top * 0.98] * len(over), "^", color=_RED, markersize=5, label="off the scale")
+        axes.plot([a for a, _ in over], [top * 0.98] * len(over), "^", color=RED, markersize=5, label="off the scale")
     _subtitle(figure, note)
     axes.set_ylim(0, top)
     _time_axis(axes, x[-1])
@@ -138,7 +139,7 @@ def _router_balance(train: Records) -> Any:
         named = layer % math.ceil(layers / 4) == 0 or layer == layers - 1  # the colours of the others lie in between
         label = f"layer {layer}" if named else None
         axes.plot(x, y, color=colors[layer], linewidth=1.4, label=label, **_dots(x))
-    axes.axhline(1.0, color=_MUTED, linewidth=1.2, linestyle="--")
+    axes.axhline(1.0, color=MUTED, linewidth=1.2, linestyle="--")
     worst = max(range(layers), key=lambda layer: rows[-1][1][layer])
     _subtitle(figure, f"worst at iteration {x[-1]:,}: layer {worst} with {rows[-1][1][worst]:.3f}")
     low, high = axes.get_ylim()
@@ -165,9 +166,9 @@ def _expert_load(records: Records) -> Any:
     if experts <= 16 and layers <= 32:
         for i, row in enumerate(load):
             for j, value in enumerate(row):
-                shade = "white" if value > 1 + 0.65 * (peak - 1) or value < 0.25 else _INK
+                shade = "white" if value > 1 + 0.65 * (peak - 1) or value < 0.25 else INK
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=shade)
-    axes.set_xlabel("expert", color=_INK)
+    axes.set_xlabel("expert", color=INK)
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
     axes.set_yticks(range(0, layers, max(1, layers // 12)))
     axes.grid(False)
@@ -176,7 +177,7 @@ def _expert_load(records: Records) -> Any:
     cax = figure.add_axes([0.905, box.y0, 0.014, box.height])
     bar = figure.colorbar(image, cax=cax, ticks=ticks, format="%.3g")
     for part in (axes, bar.ax):
-        part.tick_params(labelsize=9, colors=_MUTED, length=0)
+        part.tick_params(labelsize=9, colors=MUTED, length=0)
         for spine in part.spines.values():
             spine.set_visible(False)
     return figure
@@ -190,8 +191,8 @@ def _throughput(train: Records) -> Any:
     usual = statistics.median(y)
     _, mfu = _series(train, "mfu")
     _subtitle(figure, f"median {short_number(usual)} tok/s" + (f", MFU {statistics.median(mfu):.1%}" if mfu else ""))
-    _curve(axes, x, y, _BLUE, "tokens per second")
-    axes.axhline(usual, color=_MUTED, linewidth=1.2, linestyle="--")
+    _curve(axes, x, y, BLUE, "tokens per second")
+    axes.axhline(usual, color=MUTED, linewidth=1.2, linestyle="--")
     axes.set_ylim(0, 1.15 * _highest(y, at_least=1.0))
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     _time_axis(axes, x[-1])
@@ -203,7 +204,7 @@ def _throughput(train: Records) -> Any:
         lower = figure.add_axes([_LEFT, _BOTTOM, _RIGHT - _LEFT, 0.20], sharex=axes)
         _style(lower, "data wait")
         percent = [100 * share for share in wait]
-        _curve(lower, xw, percent, _GREEN, "share of time waiting for data")
+        _curve(lower, xw, percent, GREEN, "share of time waiting for data")
         lower.set_ylim(0, 1.2 * _highest(percent, at_least=4.0))
         lower.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     return figure
@@ -219,26 +220,31 @@ def _figure(title: str, ylabel: str, *, height: float = _SIZE[1], right: float =
     margin = _SIZE[1] / height  # keeps the margins the same in inches for every height
     bottom, top = _BOTTOM * margin, 1 - (1 - _TOP) * margin
     axes = figure.add_axes([_LEFT, bottom, right - _LEFT, top - bottom])
-    figure.text(_LEFT, 1 - 0.075 * margin, title, fontsize=14, fontweight="bold", color=_INK, va="center")
+    figure.text(_LEFT, 1 - 0.075 * margin, title, fontsize=14, fontweight="bold", color=INK, va="center")
     _style(axes, ylabel)
     return figure, axes
 
 
 def _subtitle(figure: Any, text: str) -> None:
     margin = _SIZE[1] / figure.get_figheight()
-    figure.text(_LEFT, 1 - 0.13 * margin, text, fontsize=10, color=_MUTED, va="center")
+    figure.text(_LEFT, 1 - 0.13 * margin, text, fontsize=10, color=MUTED, va="center")
 
 
 def _style(axes: Any, ylabel: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("iteration", color=_INK)
-    axes.set_ylabel(ylabel, color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelsize=9, length=3)
+    axes.set_xlabel("iteration", color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    clean_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def clean_axes(axes: Any) -> None:
+    """A pale grid behind the data, and no frame but the two axes."""
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -249,13 +255,13 @@ def _time_axis(axes: Any, last: int, warmup_iters: int | None = None) -> None:
     end = 1.03 * max(last, 1)
     axes.set_xlim(0, end)
     if warmup_iters:
-        axes.axvspan(0, min(warmup_iters, end), color=_GRID, alpha=0.5, linewidth=0, label="warm-up", zorder=0)
+        axes.axvspan(0, min(warmup_iters, end), color=GRID, alpha=0.5, linewidth=0, label="warm-up", zorder=0)
 
 
 def _legend(figure: Any, axes: Any) -> None:
     """In one row beside the title, where it covers no data."""
     handles, labels = axes.get_legend_handles_labels()
-    style = {"frameon": False, "fontsize": 9, "labelcolor": _INK, "handlelength": 1.4, "columnspacing": 1.3}
+    style = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 1.4, "columnspacing": 1.3}
     place = (_RIGHT + 0.01, 1 - 0.075 * _SIZE[1] / figure.get_figheight())
     figure.legend(handles, labels, loc="center right", bbox_to_anchor=place, ncols=max(1, len(labels)), **style)
 

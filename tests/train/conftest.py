@@ -52,7 +52,12 @@ def token_folder(tmp_path_factory):
     return folder
 
 
-_WRITE = plots._write
+_SAVE = plots.save
+
+
+def _touch(_figure, path):
+    path.touch()
+    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,14 +68,14 @@ def short_extras():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "peak_flops", functools.partial(loop.peak_flops, seconds=0.0))
-        patch.setattr(plots, "_write", lambda figure, path: path.touch())
+        patch.setattr(plots, "save", _touch)
         yield
 
 
 @pytest.fixture
 def rendered(monkeypatch):
     """For tests of the pictures themselves: they are written."""
-    monkeypatch.setattr(plots, "_write", _WRITE)
+    monkeypatch.setattr(plots, "save", _SAVE)
 
 
 @pytest.fixture(scope="session")
