@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_engine import MoEConfig, MoELayer, reference, torch_backend
-from moe_engine.bench.peers import from_mixtral_block, mixtral_block
+from moe_engine.bench.layer_peers import from_mixtral_block, mixtral_block
 from moe_engine.bench.runner import append_rows, interleave, make_row
 from moe_engine.testing import normal, parameters, relative_error
 from moe_engine.train.cli import run_command
