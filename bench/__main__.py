@@ -14,6 +14,7 @@ COMMANDS = {
     "memory": ("memory", "peak memory of a training step by kind, counted under fake tensors; the largest batch"),
     "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),
     "compare": ("compare", "two files of results: what became slower or larger, beyond the noise"),
+    "report": ("report", "one page with pictures from the newest results of bench/results"),
 }
 """Subcommand → its module in this folder, imported when it is called, and what it is for."""
 
