@@ -16,6 +16,7 @@ COMMANDS = {
     "all": ("all", "everything that this machine can do, --quick in ten minutes; one folder with rows and pictures"),
     "gpu": ("gpu", "a GPU in eight minutes: correctness, then kernels, layer and throughput"),
     "compare": ("compare", "two files of results: what became slower or larger, beyond the noise"),
+    "report": ("report", "one page with pictures from the newest results of bench/results"),
 }
 """Subcommand → its module in this folder, imported when it is called, and what it is for."""
 

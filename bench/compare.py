@@ -126,7 +126,8 @@ def changes(label: str, a: Row, b: Row, threshold: float) -> list[Change]:
     return found
 
 
-def _flat(settings: Row) -> dict[str, Any]:
+def flat(settings: Row) -> dict[str, Any]:
+    """Settings with those of an object in it beside the others."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= value if isinstance(value, Mapping) else {key: value}
@@ -137,10 +138,10 @@ def labels(rows: Sequence[Row]) -> list[str]:
     """A short name of each: its benchmark and name, with those settings in which its namesakes differ."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["benchmark"], row["name"]), []).append(_flat(row["settings"]))
+        groups.setdefault((row["benchmark"], row["name"]), []).append(flat(row["settings"]))
     result = []
     for row in rows:
-        namesakes, own = groups[row["benchmark"], row["name"]], _flat(row["settings"])
+        namesakes, own = groups[row["benchmark"], row["name"]], flat(row["settings"])
         differing = [key for key in own if any(other.get(key) != own[key] for other in namesakes)]
         text = ", ".join(f"{key} {own[key]}" for key in differing)
         result.append(f"{row['benchmark']}: {row['name']}" + (f" ({text})" if text else ""))

@@ -122,6 +122,9 @@ def _row(config: ModesConfig, name: str, records: Records, plain: Records) -> di
     return found | {"versions": environment["versions"], "commit": commit}
 
 
+TABLE_HEAD = "| run | validation loss | difference | logged numbers |\n| --- | ---: | ---: | --- |"
+
+
 def table_line(row: dict[str, Any]) -> str:
     """A result as a line of the table in docs/training.md."""
     plain = row["name"] == PLAIN
@@ -156,7 +159,7 @@ def compare(config: ModesConfig) -> int:
     """Run, print a table (as docs/training.md has it), draw; returns 1 where a bound is not kept."""
     runs = {name: _run(config, name) for name in MODES}
     rows = [_row(config, name, records, runs[PLAIN]) for name, records in runs.items()]
-    print("| run | validation loss | difference | logged numbers |\n| --- | ---: | ---: | --- |")
+    print(TABLE_HEAD)
     for row in rows:
         print(table_line(row))
     if config.picture:

@@ -1,0 +1,161 @@
+"""The report: what it says of results, of those that are not there, and that the committed page is not out of date."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_engine.bench import report
+from moe_engine.bench.__main__ import main
+
+RESULTS = Path(report.__file__).parent / "results"
+TIMED = {"p20": 0.0098, "p50": 0.01, "p80": 0.0103, "band": 0.06, "rounds": 9}
+LAYER = {
+    "shape": "8b",
+    "tokens": 100,
+    "d_model": 4,
+    "d_ff": 8,
+    "experts": 8,
+    "top_k": 2,
+    "routing": "balanced",
+    "dtype": "bf16",
+}
+STEP = {"preset": "tiny", "batch_size": 2, "block_size": 50, "dtype": "float32"}
+
+
+def result(benchmark, name, settings, device="a card", day="2026-01-01", **values):
+    about = {
+        "threads": None,
+        "versions": {"torch": "2.11.0"},
+        "commit": "0123456789abcdef+",
+        "time": f"{day}T00:00:00+0000",
+    }
+    own = {"benchmark": benchmark, "name": name, "settings": settings, "device": device}
+    return own | about | values
+
+
+def rows():
+    """Some of every benchmark."""
+    parts = {"attention": 0.25, "experts": 0.5, "other": 0.25}
+    sizes = dict.fromkeys(("weights", "gathered", "gradients", "optimizer", "activations", "workspace"), 1_500_000_000)
+    machine = {"preset": "8b", "arch": "sm_80", "constants": {"BLOCK_M": 128}, "warps": 8, "stages": 3}
+    spilled = {"registers": 255, "stack": 8, "spill_loads": 4, "shared": 2048, "violations": ["stack or spills"]}
+    ours = {"flops": 2e9, "peak_bytes": 3e6, "saved_bytes": 123_400, "ratio": 1.5}
+    return [
+        result("layer", "BLAS, one after the other", LAYER, **TIMED, status="ok", flops=2e9, ratio=1.0),
+        result("layer", "moe_engine, gpt-oss", LAYER | {"style": "gpt-oss"}, **TIMED, status="ok", **ours),
+        result("layer", "MegaBlocks", LAYER, status="not installed: pip install megablocks"),
+        result("throughput", "moe_engine", STEP | {"ranks": 1}, **TIMED, tokens=100, tokens_per_second=10_000.0,
+               mfu=0.255, memory=2.5e9, parts=parts, ratio=1.25, baseline="a peer"),
+        result("throughput", "moe_engine", STEP | {"ranks": 2}, **TIMED, tokens=200, tokens_per_second=15_000.0),
+        result("targets", "8b_1x80gb.toml", {}, measured=2500.0, target=2000.0, moonshot=1e4, verdict="PASS"),
+        result("targets", "8b_1x80gb.toml", {"old": 1}, day="2025-01-01", measured=1.0, target=2.0, verdict="FAIL"),
+        result("targets", "8b_8x80gb.toml", {}, measured=9.0, target=3.0, verdict="PASS", scaled=True),
+        result("targets", "8b_1x40gb.toml", {}, target=1000.0, moonshot=1e4, verdict="not checked: no GPU"),
+        result("kernels", "gate forward, triton", LAYER, **TIMED, fraction=0.5, flops=1e6, bytes=1e6, status="timed"),
+        result("kernels", "gate forward, torch", LAYER, **TIMED | {"p50": 0.02}, fraction=0.25, status="timed"),
+        result("kernels", "ceiling, copy", {}, **TIMED, bytes=1e6, status="timed"),
+        result("kernels", "expert MLP, triton", LAYER, status="wrong: grad_x"),
+        result("memory", "8b_1x80gb.toml", STEP | {"ranks": 1}, bytes=sizes, total=9e9, reserved=9.54e9,
+               card="A100 80 GB", required=70, verdict="within the aim"),
+        result("traffic", "layer", {"tokens": 256, "save": "h"}, bytes={"forward": 100, "backward": 105},
+               floor={"forward": 100, "backward": 100}, launches=[{"phase": "forward"}, {"phase": "backward"}] * 2),
+        result("compile", "_up_fwd_kernel", machine, "none, compiled for A100", **spilled, default=True),
+        result("compile", "_gate_fwd_kernel", machine, "none, compiled for A100", registers=40, default=True),
+        result("modes", "adamw", {"flags": [], "iterations": 3}, val_loss=4.0, difference=0.0, bitwise_equal=True),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Writes rows to a folder, and returns the report of it."""
+
+    def make(given, name="rows"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "some.jsonl").write_text("".join(json.dumps(r) + "\n" for r in given))
+        assert main(["report", "--results", str(folder), "--out", str(folder / "out")]) == 0
+        return (folder / "out" / report.PAGE).read_text(), folder / "out"
+
+    return make
+
+
+def section(text, title):
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_table(page):
+    text, out = page(rows())
+    layer = section(text, "A layer against peers")
+    assert "| moe_engine, gpt-oss | 10 | 9.8 to 10.3 | ± 6 % | 1.500 | 200 | 3 | 1,234 |" in layer
+    assert "- MegaBlocks: not installed: pip install megablocks" in layer
+    steps = section(text, "Training steps against peers")
+    assert "| moe_engine | 10 | 9.8 to 10.3 | ± 6 % | 10,000 | 25.5% | 2.50 | 1.25 |" in steps
+    assert "against a peer." in steps
+    assert "|  | attention | experts | other |" in steps and "| moe_engine | 25.0 | 50.0 | 25.0 |" in steps
+    assert "| moe_engine | 2 | 10 | 15,000 | 75 % |" in section(text, "Scaling over ranks")
+    targets = section(text, "The guide's targets")
+    assert "| 8b_1x80gb.toml | a card | 2,500 | 2,000 | 1.25 | 10,000 | 0.25 | PASS |" in targets
+    assert "| 8b_1x40gb.toml | a card | – | 1,000 | – | 10,000 | – | not checked: no GPU |" in targets
+    assert "| 8b_8x80gb.toml | a card | 9 | 3* | 3.00 | – | – | PASS |" in targets and "scaled by the peaks" in targets
+    assert "FAIL" not in targets and "impossible" in targets
+    kernels = section(text, "Kernels")
+    assert "| gate forward | 10 ± 6 % | 50% | 20 ± 6 % | 25% |" in kernels
+    assert "- ceiling, copy: 0.1 GB/s (a card)" in kernels
+    assert "- expert MLP, triton: wrong: grad_x" in kernels and "| expert MLP" not in kernels
+    memory = section(text, "Memory of a training step")
+    assert "| 8b_1x80gb.toml, A100 80 GB | 2 × 50 | 1 |" + " 1.5 |" * 6 + " 9.0 | 9.5 | 70 | within the aim |" in memory
+    traffic = section(text, "Memory traffic of the kernels")
+    assert "| tokens 256, save h; a card | 1.000 | 1.050 | 2 + 2 |" in traffic
+    code = " ".join(section(text, "Machine code of the kernels").split())
+    assert "**sm_80 (A100)**: 2 kernels; most registers of a thread 255 (_up_fwd_kernel)" in code
+    assert "memory of a block 2 KB (_up_fwd_kernel); stack or spills in 1 (_up_fwd_kernel), rules broken by 1." in code
+    assert "| plain | 4.0000 | +0.00 % |  |" in section(text, "The loss with ways to save memory")
+    where = section(text, "Where and when")
+    assert "| layer | a card | 3 | 2026-01-01 | 0123456789+ | torch 2.11.0 |" in where
+    assert {path.name for path in out.iterdir()} == {report.PAGE, *re.findall(r"\]\((\w+\.png)\)", text)}
+    assert {"layer.png", "throughput.png", "kernels.png"} <= {path.name for path in out.iterdir()}
+
+
+def test_the_newest_counts_and_the_page_depends_on_nothing_else(page):
+    old = [r | {"p50": 9.0, "time": "2025-01-01T00:00:00+0000"} if "p50" in r else r for r in rows()]
+    (first, _), (again, _) = page([*old, *rows()], "a"), page(rows(), "b")
+    assert first == again
+
+
+def test_runs_apart_have_their_own_tables_and_pictures(page):
+    own = [r for r in rows() if r["benchmark"] == "layer"]
+    other = [r | {"device": "another card"} for r in own]
+    text, out = page([*own, *other])
+    assert text.count("| moe_engine, gpt-oss |") == 2
+    assert (out / "layer.png").exists() and (out / "layer_2.png").exists()
+
+
+def test_sections_without_rows_name_the_command(page):
+    text, out = page([r for r in rows() if r["benchmark"] == "traffic"])
+    for one in report.SECTIONS:
+        missing = f"No results yet: `{one.command} --output bench/results/{one.file}.jsonl`"
+        assert (missing in section(text, one.title)) == (one.title != "Memory traffic of the kernels")
+    assert [path.name for path in out.iterdir()] == [report.PAGE]
+
+
+def test_rows_without_a_time_alone_have_no_picture(page):
+    text, out = page([r for r in rows() if r["benchmark"] in ("layer", "kernels") and "p50" not in r])
+    assert "- MegaBlocks: not installed" in text and [path.name for path in out.iterdir()] == [report.PAGE]
+
+
+def test_the_committed_page_is_that_of_the_committed_rows():
+    page = report.make_page(report.read_results(RESULTS))
+    text = (RESULTS / report.PAGE).read_text(encoding="utf-8")
+    assert text == "\n".join(page.lines) + "\n", "bench/results has changed: moe-bench report"
+    assert set(page.pictures) == {path.name for path in RESULTS.glob("*.png")}
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "expected a folder with results"), ("{broken\n", "line 1")])
+def test_bad_input_is_one_line_and_status_2(content, message, tmp_path, capsys):
+    if content:
+        (tmp_path / "rows.jsonl").write_text(content)
+    assert main(["report", "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(tmp_path) in error and error.count("\n") == 1
