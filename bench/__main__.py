@@ -8,15 +8,16 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "throughput": ("throughput", "training steps per second against transformers' Mixtral of the same shape"),
-    "layer": ("layer", "one MoE layer against bare BLAS calls and transformers' Mixtral block, on a CPU"),
-    "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),
+    "layer": ("layer", "one MoE layer, forward and backward, against every peer that is installed: time, memory"),
+    "throughput": ("throughput", "training steps of a preset, split into their parts, against peers and the targets"),
     "memory": ("memory", "peak memory of a training step by kind, counted under fake tensors; the largest batch"),
+    "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),
     "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),
+    "roofline": ("roofline", "what cards could do at best, projected: launches, steps, scaling, days, dollars"),
+    "report": ("report", "one page with pictures from the newest results of bench/results"),
+    "compare": ("compare", "two files of results: what became slower or larger, beyond the noise"),
     "all": ("all", "everything that this machine can do, --quick in ten minutes; one folder with rows and pictures"),
     "gpu": ("gpu", "a GPU in eight minutes: correctness, then kernels, layer and throughput"),
-    "compare": ("compare", "two files of results: what became slower or larger, beyond the noise"),
-    "report": ("report", "one page with pictures from the newest results of bench/results"),
 }
 """Subcommand → its module in this folder, imported when it is called, and what it is for."""
 

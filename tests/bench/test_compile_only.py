@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_engine.bench.__main__ import main
+from moe_engine.bench.__main__ import COMMANDS, main
 from moe_engine.bench.compile_only import DEFAULT_ARCH, failures
 from moe_engine.bench.compile_worker import Job, Report, run_job
 from moe_engine.bench.machine_code import CARDS, MINIMUM_WARPS, Compiled, float_atomics, resident_blocks, violations
@@ -321,7 +321,7 @@ def test_values_cannot_be_read_on_the_host(read):
 
 # -- the command line --
 
-SUBCOMMANDS = "throughput, layer, compile, memory, traffic, compare, report"
+SUBCOMMANDS = ", ".join(COMMANDS)
 
 
 @pytest.mark.parametrize(
