@@ -325,9 +325,9 @@ def test_values_cannot_be_read_on_the_host(read):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected one of throughput, layer, compile, memory, traffic"),
+        ([], "expected one of kernels, throughput, layer, compile, memory, traffic"),
         (["compil"], "no such subcommand 'compil'; did you mean compile?"),
-        (["zzz"], "no such subcommand 'zzz'; expected one of throughput, layer, compile, memory, traffic"),
+        (["zzz"], "no such subcommand 'zzz'; expected one of kernels, throughput, layer, compile, memory, traffic"),
         (["compile", "--arch", "sm_91"], "--arch: expected one of"),
         (["compile", "--tokens", "0"], "--tokens: expected a positive number, got 0"),
         (["compile", "--script", "missing.py"], "missing.py: no such file"),
