@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "kernels": ("kernels", "the kernels one by one against PyTorch and what the machine's products and copies reach"),
     "layer": ("layer", "one MoE layer, forward and backward, against every peer that is installed: time, memory"),
     "throughput": ("throughput", "training steps of a preset, split into their parts, against peers and the targets"),
     "memory": ("memory", "peak memory of a training step by kind, counted under fake tensors; the largest batch"),
