@@ -70,8 +70,9 @@ def correctness(out: Path, seconds: float) -> Ended:
 
 def steps(seconds: float) -> list[Step]:
     """What `moe-bench gpu` runs after the tests: shares of its time."""
+    some = ("gate", "sort", "permute", "combine", "gemm_up", "gemm_dw", "mlp", "mlp_backward", "losses")
     return [
-        Step("kernels", ("--rounds", "10"), 0.25 * seconds),
+        Step("kernels", ("--rounds", "10", "--routing", "balanced", "skewed", "--ops", *some), 0.25 * seconds),
         Step("layer", ("--rounds", "10"), 0.2 * seconds),
         Step("throughput", ("--rounds", "5", "--peers", "false"), 0.22 * seconds),
     ]
