@@ -32,11 +32,11 @@ def steps(quick: bool, on_gpu: bool) -> list[Step]:
     return [
         Step("roofline", (), 30 * limit),
         Step("traffic", (), 60 * limit, picture=False),
-        Step("compile", ("--arch", *archs), 100 * limit, picture=False),
-        Step("memory", (), 120 * limit, picture=False),
-        Step("kernels", rounds, 100 * limit),
+        Step("compile", ("--arch", *archs), 90 * limit, picture=False),
+        Step("memory", (), 90 * limit, picture=False),
+        Step("kernels", (*rounds, "--routing", "balanced"), 60 * limit),
         Step("layer", rounds, 100 * limit),
-        Step("throughput", (*rounds, *(() if on_gpu else ("--allow_unchecked",))), 150 * limit),
+        Step("throughput", (*rounds, *(() if on_gpu else ("--allow_unchecked",))), 100 * limit),
     ]
 
 

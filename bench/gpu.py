@@ -8,17 +8,20 @@ The tests of the kernels run on the device for as long as their share of the tim
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 
 from moe_engine.bench.suite import Ended, Step, finish, open_folder, run_process, run_step
+from moe_engine.presets import preset
 from moe_engine.train.cli import run_command
+from moe_engine.train.device import memory_total
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
 
@@ -68,13 +71,39 @@ def correctness(out: Path, seconds: float) -> Ended:
     return Ended("correctness", status, time.perf_counter() - begin, note)
 
 
-def steps(seconds: float) -> list[Step]:
+def depth(memory: float) -> int:
+    """Layers of `8b` whose fp32 weights, gradients and AdamW moments take no more than 0.6 of the memory in bytes."""
+    config = preset("8b")
+    while config.num_layers > 1:
+        total = config.matrix_parameters()[0] + config.vocab_size * config.d_model
+        if 16 * total <= 0.6 * memory:
+            break
+        config = replace(config, num_layers=config.num_layers - 1)
+    return config.num_layers
+
+
+def training(memory: float) -> tuple[str, ...]:
+    """Options of `moe-bench throughput`: the guide's row for the card, or a cut of `8b` where torchao is missing.
+
+    Without 8-bit moments no single card of 80 GB holds all of it. A block's speed does not depend on how many there
+    are; the output layer weighs more in a cut, which its share of the step shows.
+    """
+    if importlib.util.find_spec("torchao") or torch.cuda.device_count() > 1:
+        return ()
+    layers = depth(memory)
+    print(f"torchao is not installed: 8b is cut to {layers} of its layers, and the guide's targets are not checked")
+    options = {"preset": "8b", "model.num_layers": layers, "batch_size": 4, "block_size": 4096, "grad_accum_steps": 1}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return (*flags, "--checkpointing", "block", "--allow_unchecked")
+
+
+def steps(seconds: float, memory: float) -> list[Step]:
     """What `moe-bench gpu` runs after the tests: shares of its time."""
     some = ("gate", "sort", "permute", "combine", "gemm_up", "gemm_dw", "mlp", "mlp_backward", "losses")
     return [
         Step("kernels", ("--rounds", "10", "--routing", "balanced", "skewed", "--ops", *some), 0.25 * seconds),
         Step("layer", ("--rounds", "10"), 0.2 * seconds),
-        Step("throughput", ("--rounds", "5", "--peers", "false"), 0.22 * seconds),
+        Step("throughput", ("--rounds", "5", "--part_steps", "2", *training(memory)), 0.22 * seconds),
     ]
 
 
@@ -87,7 +116,7 @@ def run_gpu(config: GpuConfig) -> int:
     out, seconds = open_folder(config.out), 60 * config.minutes
     end = time.perf_counter() + seconds - 60  # the report's
     ended = [correctness(out, 0.2 * seconds)]
-    for step in steps(seconds):
+    for step in steps(seconds, memory_total(torch.device("cuda"))):
         ended.append(run_step(step, out, end - time.perf_counter()))
     return finish(out, ended, torch.device("cuda"))
 

@@ -60,10 +60,10 @@ def test_all_leaves_rows_pictures_report_and_one_json(monkeypatch, tmp_path, cap
 
 
 def test_every_step_is_a_command_and_the_quick_ones_take_ten_minutes():
-    for steps in (everything.steps(True, False), everything.steps(False, True), gpu.steps(480)):
+    for steps in (everything.steps(True, False), everything.steps(False, True), gpu.steps(480, 80e9)):
         assert all(step.name in command.COMMANDS for step in steps)
     assert sum(step.seconds for step in everything.steps(True, False)) <= 600 - 60
-    assert sum(step.seconds for step in gpu.steps(480)) <= 0.75 * 480
+    assert sum(step.seconds for step in gpu.steps(480, 80e9)) <= 0.75 * 480
 
 
 def test_gpu_runs_correctness_first_and_within_its_time(monkeypatch, tmp_path):
@@ -78,6 +78,7 @@ def test_gpu_runs_correctness_first_and_within_its_time(monkeypatch, tmp_path):
         return Ended("correctness", 0, 0.0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "memory_total", lambda device: 80e9)
     monkeypatch.setattr(gpu, "run_step", run)
     monkeypatch.setattr(gpu, "correctness", correctness)
     monkeypatch.setattr(gpu, "finish", lambda out, ended, device: len(ended))
@@ -85,6 +86,17 @@ def test_gpu_runs_correctness_first_and_within_its_time(monkeypatch, tmp_path):
     assert [name for name, _ in ran] == ["correctness", "kernels", "layer", "throughput"]
     assert sum(seconds for _, seconds in ran) + 60 <= 8 * 60 + 10
     assert gpu.main(["--minutes", "0", "--out", str(tmp_path / "other")]) == 2
+
+
+def test_without_torchao_8b_is_cut_to_what_fits(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert [gpu.depth(memory) for memory in (1e9, 40e9, 80e9, 141e9, 1e12)] == [1, 1, 6, 14, 24]
+    flags = gpu.training(80e9)
+    assert flags[:4] == ("--preset", "8b", "--model.num_layers", "6") and "--allow_unchecked" in flags
+    assert "8b is cut to 6 of its layers" in capsys.readouterr().out
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    assert gpu.training(80e9) == ()
 
 
 def test_gpu_needs_one(capsys, monkeypatch, tmp_path):
@@ -136,19 +148,28 @@ def _closure(names: tuple[str, ...]) -> set[str]:
     return found
 
 
+BLOCKER = """
+import importlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked}:
+            raise ModuleNotFoundError(name + " is not on a GPU host", name=name)
+
+sys.meta_path.insert(0, Blocker())
+for name in ("gpu", "kernels", "layer", "throughput", "report"):
+    importlib.import_module("moe_engine.bench." + name)
+import moe_engine.train.loop
+"""
+
+
 def test_the_path_of_a_gpu_host_imports_what_is_there():
-    """Whatever the commands of `moe-bench gpu` import when they start comes from the list of such a host."""
-    modules = ["gpu", "kernels", "layer", "throughput", "report"]
-    code = f"import sys\nfor n in {modules}: __import__('moe_engine.bench.' + n)\n"
-    code += "print(*{m.split('.')[0] for m in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    distributions, allowed = metadata.packages_distributions(), _closure((*HOST, "moe-engine"))
-    allowed -= set() if "bpe-openai" not in allowed else {"bpe-openai", "zstandard"}
-    strangers = {
-        name
-        for name in loaded
-        if name not in sys.stdlib_module_names
-        and (owners := distributions.get(name))
-        and not {owner.lower().replace("_", "-") for owner in owners} & allowed
+    """The commands of `moe-bench gpu` and the loop start where nothing but such a host's packages can be imported."""
+    allowed = _closure(HOST) | {"moe-engine"}
+    blocked = {
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not {owner.lower().replace("_", "-") for owner in owners} & allowed
     }
-    assert not strangers
+    assert "ruff" in blocked and not blocked & {"torch", "click", "numpy"}
+    subprocess.run([sys.executable, "-c", BLOCKER.format(blocked=sorted(blocked))], check=True)
