@@ -159,8 +159,9 @@ def assert_close(
     if exact.numel() == 0:
         return
     rounding = torch.finfo(actual.dtype).eps / 2
-    actual, exact = actual.detach().cpu(), exact.detach().cpu()
-    references = None if reference is None else _slices(reference.detach().cpu())
+    exact = exact.detach()
+    actual = actual.detach().to(exact.device)  # judged where the exact result is
+    references = None if reference is None else _slices(reference.detach().to(exact.device))
     for i, (a, e) in enumerate(zip(_slices(actual), _slices(exact), strict=True)):
         where = f"{name}[{i}]" if exact.dim() > 2 else name
         if not e.any():
