@@ -211,8 +211,8 @@ def examine_all(config: LayerConfig, problem: Problem) -> list[Entry]:
             if save in ("both", kept)
         ]
         wanted = [p for p in PEERS if p.style == style and (not config.peers or any(_in(n, p) for n in config.peers))]
-        inputs = make_inputs(problem, STYLES[style]["router_bias"])
-        layer = make_layer(problem, inputs, style, config.backend)
+        inputs, routed = make_inputs(problem, STYLES[style]["router_bias"])
+        layer = make_layer(problem, routed, style, config.backend)
         case = Case(problem, inputs, layer, make_truth(layer, inputs))
         for peer in (*ours, *wanted):
             reserve = max((entry.memory["peak_bytes"] for entry in found if entry.memory), default=0)
@@ -232,7 +232,7 @@ def layer(config: LayerConfig) -> int:
 
         simulator.repair()
     check_memory(problem)
-    counts = make_inputs(problem, router_bias=False).counts
+    _, (_, _, counts) = make_inputs(problem, router_bias=False)
     blas = {"BLAS, one after the other": Blas(problem, counts, side_by_side=False)}
     if problem.device.type == "cpu" and torch.get_num_threads() > 1:
         blas["BLAS, experts side by side"] = Blas(problem, counts, side_by_side=True)

@@ -75,20 +75,22 @@ class Problem:
 
 
 class Inputs(NamedTuple):
-    """`x` and `grad_out` `(1, T, D)`; what makes a router route as it shall: `weight (E, D)`, `bias (E)`, or None.
-
-    `sample`: the tokens whose gradients are checked; `counts`: rows of each expert.
-    """
+    """`x` and `grad_out` `(1, T, D)`, and `sample`, the tokens whose gradients are checked."""
 
     x: Tensor
     grad_out: Tensor
+    sample: Tensor
+
+
+class Routing(NamedTuple):
+    """The router's `weight (E, D)` and `bias (E)` or None, and `counts`, the rows that each expert gets by them."""
+
     weight: Tensor
     bias: Tensor | None
-    sample: Tensor
     counts: list[int]
 
 
-def make_inputs(problem: Problem, router_bias: bool) -> Inputs:
+def make_inputs(problem: Problem, router_bias: bool) -> tuple[Inputs, Routing]:
     """Inputs whose first columns carry the logits of `shapes.routing`, moved as the module's docstring says."""
     p, device = problem, problem.device
     logits = routing(p.routing, p.tokens, p.experts, p.top_k)
@@ -101,17 +103,12 @@ def make_inputs(problem: Problem, router_bias: bool) -> Inputs:
     x, grad_out = (p.normal(1, p.tokens, p.d_model, seed=seed) for seed in (1, 2))
     x[0, :, : p.experts] = (columns / scale).to(x)
     weight = scale * torch.eye(p.experts, p.d_model, device=device, dtype=p.torch_dtype)
-    return Inputs(
-        x,
-        grad_out,
-        weight,
-        bias.to(weight) if router_bias else None,
-        sample=torch.linspace(0, p.tokens - 1, min(p.tokens, CHECKED), device=device).round().long(),
-        counts=torch.bincount(order[:, : p.top_k].flatten(), minlength=p.experts).tolist(),
-    )
+    sample = torch.linspace(0, p.tokens - 1, min(p.tokens, CHECKED), device=device).round().long()
+    counts = torch.bincount(order[:, : p.top_k].flatten(), minlength=p.experts).tolist()
+    return Inputs(x, grad_out, sample), Routing(weight, bias.to(weight) if router_bias else None, counts)
 
 
-def make_layer(problem: Problem, inputs: Inputs, style: str, backend: str) -> MoELayer:
+def make_layer(problem: Problem, routed: Routing, style: str, backend: str) -> MoELayer:
     """Our layer, with weights of the size that trained ones have and a router that routes as it shall.
 
     Raises:
@@ -128,9 +125,9 @@ def make_layer(problem: Problem, inputs: Inputs, style: str, backend: str) -> Mo
         for number, parameter in enumerate(layer.parameters()):
             size = 0.3 if parameter.dim() < 3 else parameter.shape[1] ** -0.5  # biases, and 1/√fan_in
             parameter.copy_(problem.normal(*parameter.shape, seed=10 + number).mul_(size))
-        layer.router.weight.copy_(inputs.weight)
-        if inputs.bias is not None:
-            layer.router.bias.copy_(inputs.bias)
+        layer.router.weight.copy_(routed.weight)
+        if routed.bias is not None:
+            layer.router.bias.copy_(routed.bias)
     return layer
 
 
