@@ -13,10 +13,10 @@ from torch import nn
 
 from moe_engine import MoEConfig, MoELayer
 from moe_engine.bench import layer_peers, plain_moe
-from moe_engine.bench.layer import Step, check, exact_results
+from moe_engine.bench.layer_check import by_reference, make_truth, what_is_wrong
 from moe_engine.bench.layer_peers import PEERS, STYLES
+from moe_engine.bench.layer_steps import Inputs, Step
 from moe_engine.testing import normal, parameters, relative_error
-from moe_engine.train.errors import InputError
 
 BY_NAME = {peer.name: peer for peer in PEERS}
 HERE = [peer for peer in PEERS if not peer.gpu_only]
@@ -27,7 +27,7 @@ def made(style, dtype, experts=5, top_k=3, **changes):
     layer = MoELayer(MoEConfig(32, 24, experts, top_k, **STYLES[style] | changes)).to(dtype)
     layer.load_state_dict(parameters(layer))
     x, grad_out = (normal(1, 40, 32, seed=seed, dtype=dtype) for seed in (1, 2))
-    return layer, x, grad_out
+    return layer, Inputs(x, grad_out, torch.arange(40))
 
 
 # An expert without rows, one expert a token (the router then has no gradient), one expert of all.
@@ -36,38 +36,37 @@ def made(style, dtype, experts=5, top_k=3, **changes):
 def test_a_peer_is_the_layer(peer, sizes):
     if peer.package:
         pytest.importorskip(peer.package, minversion="5.0")
-    layer, x, grad_out = made(peer.style, torch.float32, *sizes)
+    layer, inputs = made(peer.style, torch.float32, *sizes)
     assert peer.missing() == "" and peer.supports(layer.config, torch.float32) == ""
-    step = Step(peer.make(layer), x, grad_out, peer.ours)
-    exact = exact_results(layer, x, grad_out)
-    check(peer.name, step.results(), exact)
+    step = Step(peer.make(layer), inputs, peer.ours)
+    truth = make_truth(layer, inputs)
+    assert what_is_wrong(step.results(), truth) == ""
     with torch.no_grad():  # the peer's weights are its own
         for value in layer.parameters():
             value.zero_()
-    check(peer.name, step.results(), exact)
+    assert what_is_wrong(step.results(), truth) == ""
 
 
 @pytest.mark.parametrize("peer", HERE, ids=lambda peer: peer.name)
 def test_a_peer_has_the_dtype_of_the_layer(peer):
     if peer.package:
         pytest.importorskip(peer.package, minversion="5.0")
-    layer, x, grad_out = made(peer.style, torch.bfloat16)
-    results = Step(peer.make(layer), x, grad_out, peer.ours).results()
+    layer, inputs = made(peer.style, torch.bfloat16)
+    results = Step(peer.make(layer), inputs, peer.ours).results()
     assert {value.dtype for value in results.values()} == {torch.bfloat16}
     assert {name: value.shape for name, value in results.items()} == {
-        name: value.shape for name, value in exact_results(layer, x, grad_out).items()
+        name: value.shape for name, value in by_reference(layer, inputs, torch.float64).items()
     }
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_loop_in_fp64_and_a_fault(style, monkeypatch):
-    layer, x, grad_out = made(style, torch.float64)
-    exact, peer = exact_results(layer, x, grad_out), BY_NAME[f"expert loop, {style}"]
-    results = Step(peer.make(layer), x, grad_out, peer.ours).results()
-    assert all(relative_error(results[name], value).typical < 1e-14 for name, value in exact.items())
+    layer, inputs = made(style, torch.float64)
+    truth, peer = make_truth(layer, inputs), BY_NAME[f"expert loop, {style}"]
+    results = Step(peer.make(layer), inputs, peer.ours).results()
+    assert all(relative_error(results[name], value).typical < 1e-14 for name, value in truth.exact.items())
     monkeypatch.setattr(plain_moe, "halves", lambda w: torch.cat((w[..., 1::2], w[..., 0::2]), -1))
-    with pytest.raises(InputError, match="out is off"):
-        check(peer.name, Step(peer.make(layer), x, grad_out, peer.ours).results(), exact)
+    assert what_is_wrong(Step(peer.make(layer), inputs, peer.ours).results(), truth).startswith("out: ")
 
 
 # Stand-ins: signatures, names and layouts as in the libraries, in plain torch.
@@ -189,12 +188,12 @@ def stand_ins(monkeypatch):
 
 @pytest.mark.parametrize("peer", LIBRARIES, ids=lambda peer: peer.name)
 def test_weights_and_gradients_of_a_library_are_ours(peer, stand_ins):
-    layer, x, grad_out = made(peer.style, torch.float64)
+    layer, inputs = made(peer.style, torch.float64)
     assert peer.missing() == ""
-    exact = exact_results(layer, x, grad_out)
-    results = Step(peer.make(layer), x, grad_out, peer.ours).results()
-    check(peer.name, results, exact)
-    assert all(relative_error(results[name], value).typical < 1e-13 for name, value in exact.items())
+    truth = make_truth(layer, inputs)
+    results = Step(peer.make(layer), inputs, peer.ours).results()
+    assert what_is_wrong(results, truth) == ""
+    assert all(relative_error(results[name], value).typical < 1e-13 for name, value in truth.exact.items())
 
 
 @pytest.mark.parametrize("peer", LIBRARIES, ids=lambda peer: peer.name)
