@@ -13,6 +13,7 @@ COMMANDS = {
     "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),
     "memory": ("memory", "peak memory of a training step by kind, counted under fake tensors; the largest batch"),
     "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),
+    "roofline": ("roofline", "what cards could do at best, projected: launches, steps, scaling, days, dollars"),
     "compare": ("compare", "two files of results: what became slower or larger, beyond the noise"),
     "report": ("report", "one page with pictures from the newest results of bench/results"),
 }

@@ -54,3 +54,27 @@ GUIDE = (
     Target("8b_8x40gb.toml", "a100-40gb", 8, 32, 32, 26, 16_000),
     Target("8b_8x80gb.toml", "a100-80gb", 8, 60, 60, 38, 32_000),
 )
+
+
+@dataclass(frozen=True)
+class TrainingTime:
+    """A line of the guide's "Expected Training Time".
+
+    Attributes:
+        tokens: to train on.
+        ranks: A100 cards.
+        hours, dollars: from and to; the guide has a price for each number of tokens, not of cards.
+    """
+
+    tokens: float
+    ranks: int
+    hours: tuple[float, float]
+    dollars: tuple[float, float]
+
+
+TRAINING_TIMES = (
+    TrainingTime(10e9, 1, (48, 72), (50, 150)),
+    TrainingTime(10e9, 8, (6, 10), (50, 150)),
+    TrainingTime(100e9, 8, (60, 100), (500, 1500)),
+)
+"""None of them can be kept: see `moe-bench roofline`."""

@@ -321,7 +321,7 @@ def test_values_cannot_be_read_on_the_host(read):
 
 # -- the command line --
 
-SUBCOMMANDS = "throughput, layer, compile, memory, traffic, compare, report"
+SUBCOMMANDS = "throughput, layer, compile, memory, traffic, roofline, compare, report"
 
 
 @pytest.mark.parametrize(
@@ -329,10 +329,7 @@ SUBCOMMANDS = "throughput, layer, compile, memory, traffic, compare, report"
     [
         ([], f"expected one of {SUBCOMMANDS}"),
         (["compil"], "no such subcommand 'compil'; did you mean compile?"),
-        (
-            ["zzz"],
-            f"no such subcommand 'zzz'; expected one of {SUBCOMMANDS}",
-        ),
+        (["zzz"], f"no such subcommand 'zzz'; expected one of {SUBCOMMANDS}"),
         (["compile", "--arch", "sm_91"], "--arch: expected one of"),
         (["compile", "--tokens", "0"], "--tokens: expected a positive number, got 0"),
         (["compile", "--script", "missing.py"], "missing.py: no such file"),
