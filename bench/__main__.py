@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "kernels": ("kernels", "the kernels one by one against PyTorch and what the machine's products and copies reach"),
     "throughput": ("throughput", "training steps per second against transformers' Mixtral of the same shape"),
     "layer": ("layer", "one MoE layer against bare BLAS calls and transformers' Mixtral block, on a CPU"),
     "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),

@@ -321,7 +321,7 @@ def test_values_cannot_be_read_on_the_host(read):
 
 # -- the command line --
 
-SUBCOMMANDS = "throughput, layer, compile, memory, traffic, roofline, compare, report"
+SUBCOMMANDS = "kernels, throughput, layer, compile, memory, traffic, roofline, compare, report"
 
 
 @pytest.mark.parametrize(
