@@ -1,11 +1,12 @@
-"""Other people's models of the same shape, with our weights in them."""
+"""Other people's models of the same shape, with our weights in them. Layers are in `layer_peers`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from moe_engine import ModelConfig, MoELayer, Transformer
+from moe_engine import ModelConfig, Transformer
+from moe_engine.bench.layer_peers import mixtral_experts
 
 MIXTRAL_STYLE = {
     "attention_bias": False,
@@ -16,12 +17,6 @@ MIXTRAL_STYLE = {
     "expert_bias": False,
     "router_bias": False,
 }
-
-
-def _mixtral_experts(w_up: Tensor, w_down: Tensor) -> dict[str, Tensor]:
-    """Our expert weights in Mixtral's layout: `gate_up_proj (E, 2F, D)`, gates first, and `down_proj (E, D, F)`."""
-    gate_up = torch.cat((w_up[:, :, 0::2], w_up[:, :, 1::2]), 2)  # (E, D, 2F), interleaved before
-    return {"gate_up_proj": gate_up.transpose(1, 2), "down_proj": w_down.transpose(1, 2)}
 
 
 def mixtral_weights(model: Transformer) -> dict[str, Tensor]:
@@ -46,7 +41,7 @@ def mixtral_weights(model: Transformer) -> dict[str, Tensor]:
             case "moe.router.weight":
                 weights[prefix + "mlp.gate.weight"] = value
             case "moe.w_up":
-                experts = _mixtral_experts(value, model.get_parameter(f"blocks.{layer}.moe.w_down").detach())
+                experts = mixtral_experts(value, model.get_parameter(f"blocks.{layer}.moe.w_down").detach())
                 weights.update({f"{prefix}mlp.experts.{key}": values for key, values in experts.items()})
             case "moe.w_down":
                 pass  # with w_up
@@ -88,38 +83,3 @@ def mixtral(model: Transformer, experts: str = "grouped_mm") -> torch.nn.Module:
     peer = MixtralForCausalLM._from_config(config, experts_implementation=experts, attn_implementation="sdpa")
     peer.load_state_dict(mixtral_weights(model))
     return peer
-
-
-def mixtral_block(layer: MoELayer, experts: str) -> torch.nn.Module:
-    """transformers' Mixtral block, `(B, T, D)` → `(B, T, D)`, with the weights of a layer without biases.
-
-    Args:
-        layer: with plain SwiGLU, no bias anywhere, softmax over the chosen logits.
-        experts: transformers' `experts_implementation`.
-    """
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    c = layer.config
-    config = MixtralConfig(
-        hidden_size=c.d_model,
-        intermediate_size=c.d_ff,
-        num_local_experts=c.num_experts,
-        num_experts_per_tok=c.top_k,
-        experts_implementation=experts,
-    )
-    block = MixtralSparseMoeBlock(config)
-    weights = _mixtral_experts(layer.w_up.detach(), layer.w_down.detach())
-    weights = {f"experts.{name}": value for name, value in weights.items()}
-    block.load_state_dict(weights | {"gate.weight": layer.router.weight.detach()})
-    return block
-
-
-def from_mixtral_block(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of a `mixtral_block`'s parameters under the names and in the layout of `MoELayer`'s."""
-    gate, up = gradients["experts.gate_up_proj"].transpose(1, 2).chunk(2, dim=2)
-    return {
-        "router.weight": gradients["gate.weight"],
-        "w_up": torch.stack((gate, up), dim=3).flatten(2),
-        "w_down": gradients["experts.down_proj"].transpose(1, 2),
-    }

@@ -159,9 +159,9 @@ def assert_close(
     if exact.numel() == 0:
         return
     rounding = torch.finfo(actual.dtype).eps / 2
-    # Where the result lies: a GPU holds gigabytes against fp64 faster than it hands them over.
-    actual, exact = actual.detach(), exact.detach().to(actual.device)
-    references = None if reference is None else _slices(reference.detach().to(actual.device))
+    exact = exact.detach()
+    actual = actual.detach().to(exact.device)  # judged where the exact result is
+    references = None if reference is None else _slices(reference.detach().to(exact.device))
     for i, (a, e) in enumerate(zip(_slices(actual), _slices(exact), strict=True)):
         where = f"{name}[{i}]" if exact.dim() > 2 else name
         if not e.any():

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_engine import MoEConfig, MoELayer
 from moe_engine.bench import __main__ as command
 from moe_engine.bench import layer as bench
-from moe_engine.bench.peers import from_mixtral_block, mixtral_block
+from moe_engine.bench.layer_peers import from_mixtral_block, mixtral_block
 from moe_engine.testing import normal, parameters
 from moe_engine.train.errors import InputError
 
