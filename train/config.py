@@ -38,6 +38,7 @@ ModelOverrides = make_dataclass(
      for f in fields(ModelConfig)],
     frozen=True,
 )  # fmt: skip
+ModelOverrides.__module__ = __name__  # where pickle finds it, so that a configuration can be sent to another process
 
 
 @dataclass(frozen=True)
