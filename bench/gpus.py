@@ -4,6 +4,7 @@ Peaks of 16-bit products are in `train/device.py`, where a run's MFU needs them.
 OAM) form, in bytes per second; what a kernel can have of them is less and has to be measured.
 
 Sources: NVIDIA A100 (June 2021), H100 (2023), H200 (2024) and Blackwell B200 (2024) data sheets, AMD MI300X (2023).
+The B200 is that of HGX, 7.7 TB/s; DGX B200's sheet has 64 TB/s for eight. The MI300X has seven links of 64 GB/s.
 """
 
 from __future__ import annotations

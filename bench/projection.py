@@ -51,6 +51,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"--{name}: expected more than 0, got {value:g}")
+        if self.rows and not self.picture:
+            raise InputError(f"--rows: expected --picture too, to draw them in, got {self.rows} alone")
         for gpus in self.gpus:
             if gpus < 1:
                 raise InputError(f"--gpus: expected at least 1, got {gpus}")

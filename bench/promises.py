@@ -5,12 +5,13 @@ All of it follows from the FLOPs of a token (`ModelConfig.flops_per_token`) and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moe_engine.bench.gpus import GPUS, Gpu
-from moe_engine.bench.scaling import Links, Projection, project
-from moe_engine.bench.targets import CONFIGS, GUIDE, TRAINING_TIMES, Target
+from moe_engine.bench.scaling import Links, project
+from moe_engine.bench.targets import CONFIGS, GUIDE, TRAINING_TIMES
 from moe_engine.presets import preset
 from moe_engine.train import config as settings
-from moe_engine.train.errors import InputError
 
 MODEL, BLOCK = "8b", 4096
 """What the guide speaks of: its model, at the context that it trains with."""
@@ -77,40 +78,24 @@ def rates_table() -> list[tuple[str, ...]]:
     return lines
 
 
-def project_target(target: Target, links: Links, compute: float = 1.0, bandwidth: float = 1.0) -> Projection:
-    """A row of the guide's table, as its configuration in `configs/` runs it.
-
-    Raises:
-        InputError: the folder is not there; only a source tree has it.
-    """
-    if not CONFIGS.is_dir():
-        raise InputError(f"{CONFIGS}: expected the folder of configurations, which only a source tree has")
-    config = settings.resolve({}, {"data_dir": "", **settings.read_toml(CONFIGS / target.file)})
-    model = config.model_config(1)
-    return project(config, model, target.card, target.ranks, config.dp_replicate, links, compute, bandwidth)
-
-
-def guide_table(network: float, compute: float, bandwidth: float) -> list[tuple[str, ...]]:
-    """The guide's four rows: configuration, bounds and projection in tokens per second, guide, moonshot.
+def guide_table(links: Callable[[Gpu], Links], compute: float, bandwidth: float) -> list[tuple[str, ...]]:
+    """The guide's four rows, as the configurations in `configs/` run them, in tokens per second.
 
     Args:
-        network: bytes per second from a card to other hosts.
+        links: those of a card.
         compute, bandwidth: shares of the card's peaks for the projection.
+    Returns:
+        Configuration, cards, roofline, projection, guide, projection over guide, moonshot, moonshot over roofline.
     """
     lines = []
     for target in GUIDE:
-        links = Links(target.card.link, network)
-        at_peak, projected = project_target(target, links), project_target(target, links, compute, bandwidth)
-        rates = [p.tokens / p.hidden for p in (at_peak, projected)]
-        lines.append(
-            (
-                target.file,
-                f"{target.ranks} × {target.card.name}",
-                *(thousands(rate) for rate in rates),
-                thousands(target.tokens_per_second),
-                f"{rates[1] / target.tokens_per_second:.1f}",
-                thousands(target.moonshot),
-                f"{100 * target.moonshot / rates[0]:.0f} %",
-            )
-        )
+        config = settings.resolve({}, {"data_dir": "", **settings.read_toml(CONFIGS / target.file)})
+        model, gpu, replicas = config.model_config(1), target.card, config.dp_replicate
+        rates = []
+        for shares in ((1.0, 1.0), (compute, bandwidth)):
+            projection = project(config, model, gpu, target.ranks, replicas, links(gpu), *shares)
+            rates.append(projection.tokens / projection.hidden)
+        guide, moonshot = target.tokens_per_second, target.moonshot
+        over = (f"{rates[1] / guide:.1f}", thousands(moonshot), f"{100 * moonshot / rates[0]:.0f} %")
+        lines.append((target.file, f"{target.ranks} × {gpu.name}", *map(thousands, [*rates, guide]), *over))
     return lines

@@ -39,6 +39,7 @@ from moe_engine.bench.roofline_plots import draw, draw_scaling
 from moe_engine.bench.runner import append_rows, read_rows
 from moe_engine.bench.scaling import HOST, Projection, project
 from moe_engine.bench.shapes import SHAPES
+from moe_engine.bench.targets import CONFIGS
 from moe_engine.bench.work import BACKWARD, FORWARD, PARTS, Work, layer_work, step_work, total_seconds
 from moe_engine.config import MoEConfig
 from moe_engine.train.cli import build, guarded, parse
@@ -213,8 +214,12 @@ def budget_rows(run: Run, options: Options) -> list[dict[str, Any]]:
 def print_promises(options: Options) -> None:
     """The guide's table of throughput and its training times beside what physics allows."""
     headings = ("configuration", "cards", "roofline", "at efficiency", "guide", "× guide", "moonshot", "of roofline")
-    table = promises.guide_table(1e9 * options.network_gbs, *options.shares)
-    print_table(f"The guide's rows in tokens per second, {assumed(options)}", headings, table)
+    if CONFIGS.is_dir():
+        table = promises.guide_table(options.links, *options.shares)
+        title = f"The guide's rows in tokens per second, communication hidden, {assumed(options)}"
+        print_table(title, headings, table)
+    else:
+        print("\nThe guide's rows need the folder of configurations, which only a source tree has; none projected.")
     lines = [*promises.times_table(options.price), *promises.rates_table()]
     title = (
         f"What the guide promises of {promises.MODEL} at block {promises.BLOCK}, A100, ${options.price:.2f} a GPU-hour"

@@ -13,7 +13,7 @@ from moe_engine.bench.scaling import HOST
 from moe_engine.train.errors import InputError
 
 COLORS = (plots.BLUE, plots.GREEN, plots.ORANGE, plots.RED, plots.VIOLET, plots.MUTED, plots.INK)
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*Xh"
 
 
 def _projected(rows: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -54,6 +54,17 @@ def _roof(axes: Any, gpu: Gpu, shares: tuple[float, float], span: tuple[float, f
         axes.plot(x, y, style, color=plots.INK if style == "-" else plots.MUTED, linewidth=1.3, label=label)
 
 
+def _grid(title: str, note: str, count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many axes, three to a line."""
+    columns = min(3, count)
+    lines = -(-count // columns)
+    size = (max(7.5, 4.2 * columns), 0.9 + 3.9 * lines)
+    figure, grid = plots.figure(title, note, rows=lines, columns=columns, size=size, squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.set_axis_off()
+    return figure, list(grid.flat[:count])
+
+
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The roofline: FLOP/s over FLOPs per byte, an axes for each card.
 
@@ -68,20 +79,11 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """
     launches = [row for row in _projected(rows, "launch") if row["flops"]]
     cards = list(dict.fromkeys(row["card"] for row in launches))
-    columns = min(3, len(cards))
-    lines = -(-len(cards) // columns)
     names = list(dict.fromkeys(row["name"] for row in launches))
     first = launches[0]["settings"]
     note = f"open: projected bounds of layer {first['layer']}, {first['tokens']} tokens; filled: measured, if any"
-    figure, grid = plots.figure(
-        "Roofline of the MoE layer, projected",
-        note,
-        rows=lines,
-        columns=columns,
-        size=(max(7.5, 4.2 * columns), 0.9 + 3.9 * lines),
-        squeeze=False,
-    )
-    for axes, card in zip(grid.flat, cards, strict=False):
+    figure, grid = _grid("Roofline of the MoE layer, projected", note, len(cards))
+    for axes, card in zip(grid, cards, strict=True):
         gpu, own = GPUS[card], [row for row in launches if row["card"] == card]
         points = measured_points(rows, gpu)
         intensities = [row["flops"] / row["bytes"] for row in [*own, *points]]
@@ -105,9 +107,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axes.set_yscale("log")
         axes.set_title(f"{gpu.name}, projected" + (" and measured" if points else ""), fontsize=10, color=plots.INK)
         plots.style(axes, "FLOP per byte", "TFLOP/s")
-    for axes in list(grid.flat)[len(cards) :]:
-        axes.set_axis_off()
-    grid.flat[0].legend(frameon=False, fontsize=7.5, labelcolor=plots.INK, loc="lower right")
+    grid[0].legend(frameon=False, fontsize=7.5, labelcolor=plots.INK, loc="lower right")
     plots.save(figure, path)
 
 
@@ -122,30 +122,26 @@ def draw_scaling(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """
     found = _projected(rows, "scaling")
     first = found[0]["settings"]
-    run = (
-        f"{first['preset']}, {first['batch_size']} × {first['block_size']} × {first['grad_accum_steps']} tokens a card"
-    )
-    note = f"{run}, which stays fixed; between the lines: how much of communication is hidden"
-    figure, axes = plots.figure("Scaling over cards, projected", note)
-    number = 0
-    for card in dict.fromkeys(row["card"] for row in found):
-        for name in ("FSDP2", "HSDP"):
-            own = [r for r in found if r["card"] == card]
+    batch = " × ".join(str(first[name]) for name in ("batch_size", "block_size", "grad_accum_steps"))
+    note = f"{first['preset']}, {batch} tokens a card, which stays fixed; shaded: from no communication hidden to all"
+    cards = list(dict.fromkeys(row["card"] for row in found))
+    figure, grid = _grid("Scaling over cards, projected", note, len(cards))
+    for axes, card in zip(grid, cards, strict=True):
+        own = sorted((row for row in found if row["card"] == card), key=lambda row: row["settings"]["gpus"])
+        for name, color in (("FSDP2", plots.BLUE), ("HSDP", plots.GREEN)):
             if not any(row["name"] == name for row in own):
                 continue
             # On one host both are the same.
-            own = [r for r in own if r["name"] == name or r["settings"]["gpus"] <= HOST]
-            own.sort(key=lambda row: row["settings"]["gpus"])
-            x = [row["settings"]["gpus"] for row in own]
-            low, high = ([row[key] / row["settings"]["gpus"] / 1e3 for row in own] for key in ("exposed", "hidden"))
-            color = COLORS[number % len(COLORS)]
-            axes.plot(x, high, color=color, linewidth=1.4, marker="o", markersize=4, label=f"{GPUS[card].name}, {name}")
+            line = [row for row in own if row["name"] == name or row["settings"]["gpus"] <= HOST]
+            x = [row["settings"]["gpus"] for row in line]
+            low, high = ([row[key] / row["settings"]["gpus"] / 1e3 for row in line] for key in ("exposed", "hidden"))
+            axes.plot(x, high, color=color, linewidth=1.4, marker="o", markersize=4, label=name)
             axes.plot(x, low, color=color, linewidth=1, linestyle=":", marker="o", markersize=3)
             axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-            number += 1
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    plots.style(axes, "cards", "thousand tok/s a card, projected")
-    axes.legend(frameon=False, fontsize=9, labelcolor=plots.INK)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_title(f"{GPUS[card].name}, projected", fontsize=10, color=plots.INK)
+        plots.style(axes, "cards", "thousand tok/s a card")
+        axes.legend(frameon=False, fontsize=9, labelcolor=plots.INK, loc="lower left")
     plots.save(figure, path)

@@ -6,8 +6,8 @@ in fp32; with replicas (HSDP) a rank's part of that is then summed over them. Th
 accumulated step too. The batch of a card stays what it is however many there are: weak scaling.
 
 A ring brings a rank (n − 1) / n of what is gathered over n ranks, and as much for a reduction. Where they are on
-several hosts, a host has to be brought what the others have, and its cards' network links bring it together. Small sums
-over all ranks (counts of the experts' rows, norms) are left out: some KB.
+several hosts, a host has to be brought what the others have, and its cards' network links bring it together. Latency,
+which grows with the ring, is not counted, nor are small sums over all ranks (counts of the experts' rows, norms).
 """
 
 from __future__ import annotations
