@@ -10,7 +10,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "kernels": ("kernels", "the kernels one by one against PyTorch and what the machine's products and copies reach"),
     "throughput": ("throughput", "training steps per second against transformers' Mixtral of the same shape"),
-    "layer": ("layer", "one MoE layer against bare BLAS calls and transformers' Mixtral block, on a CPU"),
+    "layer": (
+        "layer",
+        "one MoE layer against its bare GEMMs and every peer: time, peak memory, bytes kept",
+    ),
     "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),
     "memory": ("memory", "peak memory of a training step by kind, counted under fake tensors; the largest batch"),
     "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),

@@ -222,6 +222,7 @@ def examine_all(config: LayerConfig, problem: Problem) -> list[Entry]:
             found.append(examine(peer, case, reserve, is_ours=is_ours, is_timed=not (is_ours and interpreted)))
             if found[-1].status.startswith("failed"):
                 gc.collect()  # the traceback had its tensors
+        del case  # fp64 results of one style are enough at a time
     return found
 
 
