@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_engine import Transformer, preset, torch_backend
-from moe_engine.bench import checks, goals, ranks, speeds, steps
+from moe_engine.bench import checks, goals, plan, ranks, speeds, steps
 from moe_engine.bench import throughput as bench
 from moe_engine.bench.__main__ import main
 from moe_engine.bench.parts import PARTS
@@ -17,7 +17,9 @@ from moe_engine.bench.peers import MIXTRAL_STYLE, mixtral
 from moe_engine.bench.runner import read_rows
 from moe_engine.bench.targets import GUIDE
 from moe_engine.train import config as settings
+from moe_engine.train.cli import parse
 from moe_engine.train.errors import InputError
+from moe_engine.train.parallel import World
 
 SIZES = {"num_layers": 2, "d_model": 32, "num_heads": 4, "head_dim": 8, "d_ff": 24, "vocab_size": 64}
 SMALL = ["--batch_size", "1", "--block_size", "16", "--rounds", "2", "--part_steps", "1"]
@@ -56,7 +58,7 @@ def measured(monkeypatch):
     of |= {"dtype": "float32", "optimizer": "adamw", "checkpointing": "none", "memory": "own"}
     of |= {"optimizer_in_backward": True, "configured_grad_accum_steps": 2}
     row = {"benchmark": "throughput", "name": "ours", "device": "cpu", "threads": 1, "settings": of, **values}
-    monkeypatch.setattr(bench, "measure", lambda plan: [row | {"parts": None}])
+    monkeypatch.setattr(bench, "measure", lambda _: [row | {"parts": None}])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def card(monkeypatch):
     """Makes every GPU one of that name and memory."""
 
     def use(name, memory):
-        for module in (goals, bench):
+        for module in (goals, plan):
             monkeypatch.setattr(module, "device_name", lambda _: name)
             monkeypatch.setattr(module, "memory_total", lambda _: memory)
         monkeypatch.setattr(goals, "make_row", lambda _, name, of, device, **values: {"name": name, **values})
@@ -161,7 +163,7 @@ H100 = ("NVIDIA H100 80GB HBM3", 85.0e9)
 )
 def test_a_target_is_of_the_card_or_scaled_by_peak(card, gpu, ranks, row, speed, verdict, target, moonshot):
     card(*gpu)
-    table, chosen = bench._table({}, "auto", GPU, ranks)
+    table, chosen = plan._table({}, "auto", GPU, ranks)
     assert chosen == row and table["preset"] == "8b"
     found = {r["name"]: r for r in goals.target_rows(GPU, chosen, {"ranks": ranks}, speed)}
     judged = found.pop(row)
@@ -183,7 +185,7 @@ def test_a_target_is_of_the_card_or_scaled_by_peak(card, gpu, ranks, row, speed,
 )
 def test_a_target_is_not_checked(card, gpu, ranks, given, preset_name, verdict):
     card(*gpu)
-    table, chosen = bench._table(given, "auto", GPU, ranks)
+    table, chosen = plan._table(given, "auto", GPU, ranks)
     assert chosen is None and table.get("preset") == preset_name
     rows = goals.target_rows(GPU, chosen, {"ranks": ranks}, 1e6)
     assert rows[1]["verdict"] == verdict and goals.status(rows, allow_unchecked=False) == 3
@@ -191,22 +193,22 @@ def test_a_target_is_not_checked(card, gpu, ranks, given, preset_name, verdict):
 
 def test_a_target_by_name(card):
     card(*A100_80)
-    assert bench._table({}, "8b_1x40gb", GPU, 1)[1] == "8b_1x40gb"
+    assert plan._table({}, "8b_1x40gb", GPU, 1)[1] == "8b_1x40gb"
     with pytest.raises(InputError, match="--target 8b_8x80gb: expected --ranks 8, got 1"):
-        bench._table({}, "8b_8x80gb", GPU, 1)
+        plan._table({}, "8b_8x80gb", GPU, 1)
     with pytest.raises(InputError, match="expected no --config and no --preset"):
-        bench._table({"preset": "8b"}, "8b_1x40gb", GPU, 1)
+        plan._table({"preset": "8b"}, "8b_1x40gb", GPU, 1)
     scaled = goals.target_rows(GPU, "8b_1x40gb", {"ranks": 1}, 1e3)[0]
     assert scaled["scaled"] and scaled["target"] == 1000  # another card of the same peak
 
 
 def test_all_configurations_are_taken_with_few_micro_steps(tmp_path, monkeypatch):
     for target in GUIDE:
-        monkeypatch.setattr(bench, "_table", lambda *_, t=target: (settings.read_toml(bench.CONFIGS / t.file), t.file))
+        monkeypatch.setattr(plan, "_table", lambda *_, t=target: (settings.read_toml(plan.CONFIGS / t.file), t.file))
         flags = {"device": "cpu", "data_dir": "anywhere"}
-        plan = bench.make_plan(flags, bench.World(0, target.ranks, 0), tmp_path)
-        assert plan.config.grad_accum_steps <= 4 and plan.names == [steps.OURS]
-        assert plan.micro_steps == (8 if target.file == "8b_1x80gb.toml" else None)
+        made = plan.make_plan(flags, World(0, target.ranks, 0), tmp_path)
+        assert made.config.grad_accum_steps <= 4 and made.names == [steps.OURS]
+        assert made.micro_steps == (8 if target.file == "8b_1x80gb.toml" else None)
 
 
 # Peers
@@ -263,7 +265,7 @@ class _Here:
     def __new__(cls, name, config, keep_memory):
         if name in steps.TRANSFORMERS:
             return steps.Peer(name, config)
-        return steps.Ours(name, config, bench.World(0, 1, 0), CPU)
+        return steps.Ours(name, config, World(0, 1, 0), CPU)
 
 
 def test_peers_are_compared_in_one_run(monkeypatch, tmp_path, capsys):
@@ -281,9 +283,9 @@ def test_peers_are_compared_in_one_run(monkeypatch, tmp_path, capsys):
 
 def test_missing_peers_are_said_to_be_missing(monkeypatch, measured, capsys):
     def version(_):
-        raise bench.importlib.metadata.PackageNotFoundError
+        raise plan.importlib.metadata.PackageNotFoundError
 
-    monkeypatch.setattr(bench.importlib.metadata, "version", version)
+    monkeypatch.setattr(plan.importlib.metadata, "version", version)
     assert throughput("--allow_unchecked") == 0
     assert capsys.readouterr().out.count("not installed (pip install 'transformers>=5')") == 2
 
@@ -291,7 +293,7 @@ def test_missing_peers_are_said_to_be_missing(monkeypatch, measured, capsys):
 @pytest.fixture
 def small(tmp_path):
     given = {"preset": "tiny", "batch_size": 1, "block_size": 16, "model": SIZES, "device": "cpu"}
-    return bench.make_plan(given | {"peers": False}, bench.World(0, 1, 0), tmp_path).config
+    return plan.make_plan(given | {"peers": False}, World(0, 1, 0), tmp_path).config
 
 
 def test_a_process_answers_until_it_is_told_to_end(small):
@@ -351,7 +353,7 @@ def test_options_go_on_to_the_processes():
     assert ranks.arguments(given) == [
         "--preset=tiny", "--fresh=true", "--peers=false", "--dtype=none", "--model.top_k=1", "--data_dir=a b",
     ]  # fmt: skip
-    parsed = bench.parse("x", bench.Flags, ranks.arguments(given))
+    parsed = parse("x", plan.Flags, ranks.arguments(given))
     assert parsed == given
 
 
