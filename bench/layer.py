@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 
 from moe_engine import MoELayer
+from moe_engine.bench import plots
 from moe_engine.bench.layer_check import Truth, make_truth, what_is_wrong
 from moe_engine.bench.layer_peers import PEERS, STYLES, Peer
 from moe_engine.bench.layer_steps import (
@@ -295,26 +297,16 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         path: PNG file.
         rows: of one run, as `runner.read_rows` gives them; those without a time are left out.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    timed = [row for row in rows if "p50" in row][::-1]  # a bar chart counts from below
+    timed = [row for row in rows if "p50" in row]
     names = [row["name"] for row in timed]
-    colours = ["#2563eb" if row["ours"] else "#9ca3af" if "peak_bytes" in row else "#d1d5db" for row in timed]
-    figure = Figure(figsize=(11, 1.4 + 0.34 * len(timed)), layout="constrained")
-    time, saved = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    p20, p50, p80 = (np.array([1e3 * row[p] for row in timed]) for p in ("p20", "p50", "p80"))
-    time.barh(names, p50, color=colours, xerr=(p50 - p20, p80 - p50), ecolor="#374151", capsize=2)
-    time.set_xlabel("forward and backward, ms (p50, whiskers p20 to p80)")
-    kept = [row.get("saved_bytes", 0) / row["settings"]["tokens"] for row in timed]
-    saved.barh(names, kept, color=colours)
-    saved.xaxis.set_major_locator(MaxNLocator(4))
-    saved.set_xlabel("kept for backward, bytes a token")
-    for axes in (time, saved):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title(timed[0]), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    p20, p50, p80 = ([1e3 * row[p] for row in timed] for p in ("p20", "p50", "p80"))
+    kept = [row.get("saved_bytes", math.nan) / row["settings"]["tokens"] / 1e3 for row in timed]
+    options = {"columns": 2, "size": (11.0, 1.8 + 0.34 * len(timed)), "sharey": True, "width_ratios": (3, 2)}
+    figure, (time, saved) = plots.figure("One MoE layer, forward and backward", title(timed[0]), **options)
+    label = "ms, median and 20th to 80th percentile"
+    plots.bars(time, names, p50, p20, p80, xlabel=label, limit=1.05 * plots.limit_of(p80))
+    plots.bars(saved, names, kept, xlabel="KB a token, kept for backward", limit=plots.limit_of(kept))
+    plots.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ No pyplot: its global state is not ours to change. Colours and axes are those of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,26 +81,48 @@ def bars(
     p80: Sequence[float] | None = None,
     colors: Sequence[str] | None = None,
     xlabel: str = "",
-    form: str = "{:.3g}",
+    limit: float = math.inf,
 ) -> None:
     """Horizontal bars, the first on top, each with its value behind it and a whisker from p20 to p80.
 
     Args:
         names: of the bars.
-        p50, p20, p80: in the unit of `xlabel`; the spread is left out where it is None.
+        p50, p20, p80: in the unit of `xlabel`; NaN where there is nothing; the spread is left out where it is None.
         colors: of the bars; `color_of` each name where it is None.
-        form: of the values.
+        limit: where a longer bar is cut; its value says so. One that is many times the others would flatten them.
     """
     style(axes, xlabel, grid="x")
-    places = range(len(names))
-    axes.barh(places, p50, color=[color_of(n) for n in names] if colors is None else colors, height=0.62)
+    places, shown = range(len(names)), [min(value, limit) for value in p50]
+    axes.barh(places, shown, color=[color_of(n) for n in names] if colors is None else colors, height=0.62)
+    ends = shown
     if p20 is not None and p80 is not None:
-        spread = [[m - a for m, a in zip(p50, p20, strict=True)], [b - m for m, b in zip(p50, p80, strict=True)]]
-        axes.errorbar(p50, places, xerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
-    for place, value, end in zip(places, p50, p80 or p50, strict=True):
-        text = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": INK}
-        axes.annotate(form.format(value), (end, place), **text)
+        whole = [place for place in places if p80[place] <= limit]
+        spread = [[p50[i] - p20[i] for i in whole], [p80[i] - p50[i] for i in whole]]
+        axes.errorbar([p50[i] for i in whole], whole, xerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+        ends = [min(value, limit) for value in p80]
+    for place, value, end in zip(places, p50, ends, strict=True):
+        text = "–" if math.isnan(value) else _short(value) + (" (cut)" if value > limit else "")
+        axes.annotate(
+            text,
+            (0 if math.isnan(end) else end, place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
     axes.set_yticks(places, names)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.14 * max([*p50, *(p80 or ())], default=0) or 1)
+    room = 1.3 if any(value > limit for value in p50) else 1.16
+    axes.set_xlim(0, room * max((end for end in ends if end > 0), default=1))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def limit_of(values: Sequence[float], factor: float = 4.0) -> float:
+    """The largest value up to `factor` times the smallest above 0: a `limit` for bars."""
+    positive = [value for value in values if value > 0]
+    return max((value for value in positive if value <= factor * min(positive)), default=math.inf)

@@ -8,8 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from moe_engine.bench import plots
 from moe_engine.bench.parts import PARTS
 from moe_engine.train.errors import InputError
+
+COLORS = dict(
+    zip(
+        PARTS,
+        (plots.GREEN, plots.VIOLET, plots.BLUE, plots.ORANGE, plots.INK, plots.RED, plots.MUTED, plots.LIGHT),
+        strict=True,
+    )
+)
+"""A part has the same colour in every picture."""
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -57,27 +67,32 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises:
         InputError: there are none.
     """
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row["benchmark"] == "throughput"][::-1]  # bars are drawn upwards
+    rows = [row for row in rows if row["benchmark"] == "throughput"]
     if not rows:
         raise InputError(f"{path}: expected rows of moe-bench throughput to draw, got none")
-    figure = Figure(figsize=(11, 1.6 + 0.45 * len(rows)), layout="constrained")
-    of_parts, of_speed = figure.subplots(1, 2, width_ratios=(3, 2))
-    split = [row for row in rows if row["parts"]]
-    left = np.zeros(len(split))
-    for color, part in enumerate(PARTS):  # a part has the same colour in every picture
-        width = np.array([1e3 * row["parts"][part] for row in split])
+    what, names = rows[0]["settings"], [label(row) for row in rows]
+    note = f"{what['preset']}, {what['batch_size']} × {what['block_size']} tokens, {what['dtype']}, {rows[0]['device']}"
+    split = any(row["parts"] for row in rows)
+    options = {"sharey": True, "width_ratios": (3, 2)} if split else {}
+    size = (11.0, 2.2 + 0.45 * len(rows))
+    figure, grid = plots.figure("Training steps", note, columns=1 + split, size=size, squeeze=False, **options)
+    *of_parts, of_speed = grid[0]
+    for axes in of_parts:
+        _draw_parts(axes, rows)
+    speed = [row["tokens_per_second"] for row in rows]
+    plots.bars(of_speed, names, speed, xlabel="tokens per second")
+    plots.save(figure, path)
+
+
+def _draw_parts(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """A stacked bar for each row that was split."""
+    plots.style(axes, "ms of a step, by part", grid="x")
+    axes.tick_params(axis="y", length=0, labelcolor=plots.INK)
+    left = np.zeros(len(rows))
+    for part, color in COLORS.items():
+        width = np.array([1e3 * (row["parts"] or {}).get(part, 0.0) for row in rows])
         if width.any():
-            of_parts.barh([label(row) for row in split], width, left=left, label=part, color=f"C{color}")
+            axes.barh(range(len(rows)), width, left=left, height=0.62, label=part, color=color)
             left = left + width
-    if split:
-        of_parts.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize="small")
-    of_parts.set_xlabel("ms of a step")
-    names = [label(row) for row in rows]
-    of_speed.barh(names, [row["tokens_per_second"] for row in rows], color="tab:gray")
-    of_speed.set_xlabel("tokens per second")
-    what = rows[-1]["settings"]
-    figure.suptitle(f"{what['preset']}, {what['batch_size']} × {what['block_size']} tokens, {rows[-1]['device']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4}
+    axes.legend(frameon=False, fontsize=9, labelcolor=plots.INK, **place)

@@ -35,6 +35,30 @@ def result(benchmark, name, settings, device="a card", day="2026-01-01", **value
     return own | about | values
 
 
+def projections():
+    """Some of the roofline."""
+    run = {"preset": "8b", "batch_size": 2, "block_size": 50, "grad_accum_steps": 1}
+    shares = {"efficiency": 0.4, "bandwidth_efficiency": 0.8}
+    many = {"gpus": 8, "replicas": 1, "link": 450e9, "network": 50e9}
+    launch = {"flops": 1e9, "bytes": 1e6, "seconds_at_peak": 1e-5}
+    found = [
+        ("up", {"kind": "launch", "layer": "8b", "tokens": 100} | shares, launch),
+        (
+            "one card",
+            {"kind": "step"} | run,
+            {"tokens_per_second_at_peak": 2e3, "tokens_per_second": 1e3, "mfu": 0.3},
+        ),
+        ("FSDP2", {"kind": "scaling"} | run | many, {"tokens": 800, "hidden": 7000.0, "exposed": 6000.0}),
+        (
+            "10 B tokens",
+            {"kind": "budget", "price": 2.0} | run,
+            {"hours_at_peak": 50.0, "hours": 150.0, "dollars": 300.0},
+        ),
+    ]
+    about = {"device": "none, projected for H100 80 GB", "card": "h100", "projected": True}
+    return [result("roofline", name, settings, **about, **values) for name, settings, values in found]
+
+
 def rows():
     """Some of every benchmark."""
     parts = {"attention": 0.25, "experts": 0.5, "other": 0.25}
@@ -43,20 +67,22 @@ def rows():
     spilled = {"registers": 255, "stack": 8, "spill_loads": 4, "shared": 2048, "violations": ["stack or spills"]}
     ours = {"flops": 2e9, "peak_bytes": 3e6, "saved_bytes": 123_400, "ratio": 1.5}
     return [
-        result("layer", "BLAS, one after the other", LAYER, **TIMED, status="ok", flops=2e9, ratio=1.0),
-        result("layer", "moe_engine, gpt-oss", LAYER | {"style": "gpt-oss"}, **TIMED, status="ok", **ours),
+        *projections(),
+        result("layer", "BLAS, one after the other", LAYER, **TIMED, status="ok", flops=2e9, ratio=1.0, ours=False),
+        result("layer", "moe_engine, gpt-oss", LAYER | {"style": "gpt-oss"}, **TIMED, status="ok", **ours, ours=True),
         result("layer", "MegaBlocks", LAYER, status="not installed: pip install megablocks"),
         result("throughput", "moe_engine", STEP | {"ranks": 1}, **TIMED, tokens=100, tokens_per_second=10_000.0,
                mfu=0.255, memory=2.5e9, parts=parts, ratio=1.25, baseline="a peer"),
-        result("throughput", "moe_engine", STEP | {"ranks": 2}, **TIMED, tokens=200, tokens_per_second=15_000.0),
+        result("throughput", "moe_engine", STEP | {"ranks": 2}, **TIMED, tokens=200, tokens_per_second=15_000.0,
+               parts=None),
         result("targets", "8b_1x80gb.toml", {}, measured=2500.0, target=2000.0, moonshot=1e4, verdict="PASS"),
         result("targets", "8b_1x80gb.toml", {"old": 1}, day="2025-01-01", measured=1.0, target=2.0, verdict="FAIL"),
         result("targets", "8b_8x80gb.toml", {}, measured=9.0, target=3.0, verdict="PASS", scaled=True),
         result("targets", "8b_1x40gb.toml", {}, target=1000.0, moonshot=1e4, verdict="not checked: no GPU"),
-        result("kernels", "gate forward, triton", LAYER, **TIMED, fraction=0.5, flops=1e6, bytes=1e6, status="timed"),
-        result("kernels", "gate forward, torch", LAYER, **TIMED | {"p50": 0.02}, fraction=0.25, status="timed"),
+        result("kernels", "gate, triton", LAYER, **TIMED, fraction=0.5, flops=1e6, bytes=1e6, status="timed"),
+        result("kernels", "gate, torch", LAYER, **TIMED | {"p50": 0.02}, fraction=0.25, status="timed"),
         result("kernels", "ceiling, copy", {}, **TIMED, bytes=1e6, status="timed"),
-        result("kernels", "expert MLP, triton", LAYER, status="wrong: grad_x"),
+        result("kernels", "mlp, triton", LAYER, status="wrong: grad_x"),
         result("memory", "8b_1x80gb.toml", STEP | {"ranks": 1}, bytes=sizes, total=9e9, reserved=9.54e9,
                card="A100 80 GB", required=70, verdict="within the aim"),
         result("traffic", "layer", {"tokens": 256, "save": "h"}, bytes={"forward": 100, "backward": 105},
@@ -101,9 +127,15 @@ def test_every_table(page):
     assert "| 8b_8x80gb.toml | a card | 9 | 3* | 3.00 | – | – | PASS |" in targets and "scaled by the peaks" in targets
     assert "FAIL" not in targets and "impossible" in targets
     kernels = section(text, "Kernels")
-    assert "| gate forward | 10 ± 6 % | 50% | 20 ± 6 % | 25% |" in kernels
+    assert "| gate | 10 ± 6 % | 50% | 20 ± 6 % | 25% |" in kernels
     assert "- ceiling, copy: 0.1 GB/s (a card)" in kernels
-    assert "- expert MLP, triton: wrong: grad_x" in kernels and "| expert MLP" not in kernels
+    assert "- mlp, triton: wrong: grad_x" in kernels and "| mlp" not in kernels
+    roofline = section(text, "Roofline, projected")
+    assert "| H100 80 GB | 2,000 | 1,000 | 30% |" in roofline
+    assert "| H100 80 GB, FSDP2 | 8 | 1 | 450, 50 | 800 | 7,000 | 6,000 |" in roofline
+    assert "| H100 80 GB | 10 B tokens | 50 | 150 | $2.00 | $300 |" in roofline
+    tables = [line for line in roofline.splitlines() if line.startswith("| projected")]
+    assert len(tables) == 3 and roofline.count("\n![") == 2 == len(re.findall(r"!\[[^]]*projected", roofline))
     memory = section(text, "Memory of a training step")
     assert "| 8b_1x80gb.toml, A100 80 GB | 2 × 50 | 1 |" + " 1.5 |" * 6 + " 9.0 | 9.5 | 70 | within the aim |" in memory
     traffic = section(text, "Memory traffic of the kernels")
@@ -115,7 +147,9 @@ def test_every_table(page):
     where = section(text, "Where and when")
     assert "| layer | a card | 3 | 2026-01-01 | 0123456789+ | torch 2.11.0 |" in where
     assert {path.name for path in out.iterdir()} == {report.PAGE, *re.findall(r"\]\((\w+\.png)\)", text)}
-    assert {"layer.png", "throughput.png", "kernels.png"} <= {path.name for path in out.iterdir()}
+    assert {"layer.png", "throughput.png", "kernels.png", "roofline.png", "scaling.png"} == {
+        path.name for path in out.glob("*.png")
+    }
 
 
 def test_the_newest_counts_and_the_page_depends_on_nothing_else(page):
