@@ -1,7 +1,8 @@
 """One MoE layer, forward and backward: time and memory against every peer and against the GEMMs of it.
 
-    moe-bench layer --tokens 2048 --rounds 30                                  on a CPU, the sizes of shape `cpu`
-    moe-bench layer --shape 8b --tokens 8192 --routing skewed --picture l.png  on a GPU
+    moe-bench layer --tokens 2048 --rounds 30
+
+    moe-bench layer --shape 8b --tokens 8192 --routing skewed --picture layer.png
 
 Everything is timed in one process, in turn in every round, with the memory setting that `moe-train` makes. "BLAS" is
 `torch.mm` on rows that lie by expert, as many for each as the layers route to it, into outputs that are there already:
