@@ -304,7 +304,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     options = {"columns": 2, "size": (11.0, 1.8 + 0.34 * len(timed)), "sharey": True, "width_ratios": (3, 2)}
     figure, (time, saved) = plots.figure("One MoE layer, forward and backward", title(timed[0]), **options)
     label = "ms, median and 20th to 80th percentile"
-    plots.bars(time, names, p50, p20, p80, colors, label, limit=1.05 * plots.limit_of(p80))
+    plots.bars(time, names, p50, p20, p80, xlabel=label, limit=1.05 * plots.limit_of(p80))
     plots.bars(saved, names, kept, xlabel="KB a token, kept for backward", limit=plots.limit_of(kept))
     plots.save(figure, path)
 
