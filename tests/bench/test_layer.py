@@ -361,7 +361,10 @@ def test_our_layer_keeps_what_the_design_says(style, save):
         (["--style", "olmoe"], "error: --style: expected one of both, mixtral, gpt-oss, got 'olmoe'"),
         (["--peers", "loop", "torch2"], "error: --peers: expected parts of these names: transformers Mixtral, eager; "),
         # Of the other style: it would be left out without a word.
-        (["--peers", "sonic", "--style", "gpt-oss"], "error: --peers: expected parts of these names: transformers gpt-"),
+        (
+            ["--peers", "sonic", "--style", "gpt-oss"],
+            "error: --peers: expected parts of these names: transformers gpt-",
+        ),
         (["--output", "/dev/null/rows.jsonl"], "error: --output /dev/null/rows.jsonl: expected a file that can be "),
         (["--picture", "/"], "error: --picture /: expected a file that can be written, got Is a directory"),
         (["--tokens", "1000000000"], "error: --shape, --tokens: expected a layer that can be checked in fp64 with "),
@@ -378,8 +381,7 @@ def test_a_layer_that_cannot_be_checked_here_is_refused(monkeypatch, capsys):
     assert bench.main(["--shape", "mixtral-8x7b", "--device", "cpu"]) == 2
     assert (
         "--shape, --tokens: expected a layer that can be checked in fp64 with 30.0 GB of memory, "
-        "got one that needs 52.7 GB"
-        in (capsys.readouterr().err)
+        "got one that needs 52.7 GB" in (capsys.readouterr().err)
     )
 
 

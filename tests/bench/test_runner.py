@@ -24,7 +24,7 @@ def test_what_is_no_file_of_rows_is_one_line(tmp_path):
     whole = json.dumps(ROW)
     for content in (b"\xff\xfe", b"[1]\n", b"3\n", f"{whole}\n{whole[:30]}".encode()):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="expected a .*result") as found:
+        with pytest.raises(InputError, match=r"expected a .*result") as found:
             read_rows(path)
         assert "\n" not in str(found.value)
     with pytest.raises(InputError, match="found none"):
