@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from moe_engine.bench import gpu
 from moe_engine.bench.suite import Step, finish, open_folder, run_step
 from moe_engine.train.cli import run_command
+from moe_engine.train.device import memory_total, pick_device
 from moe_engine.train.options import option
 
 
@@ -24,8 +24,13 @@ class AllConfig:
     quick: bool = option(False, "ten minutes on two cores: fewer rounds, fewer targets")
 
 
-def steps(quick: bool, on_gpu: bool) -> list[Step]:
-    """What `moe-bench all` runs."""
+def steps(quick: bool, training: tuple[str, ...]) -> list[Step]:
+    """What `moe-bench all` runs.
+
+    Args:
+        quick: see `AllConfig`.
+        training: options of `moe-bench throughput`.
+    """
     rounds = ("--rounds", "7" if quick else "30")
     archs = ("sm_80", "sm_90") if quick else ("sm_80", "sm_90", "sm_100", "gfx942")
     limit = 1.0 if quick else 6.0
@@ -36,15 +41,16 @@ def steps(quick: bool, on_gpu: bool) -> list[Step]:
         Step("memory", (), 120 * limit, picture=False),
         Step("kernels", (*rounds, "--routing", "balanced"), 90 * limit),
         Step("layer", rounds, 90 * limit),
-        Step("throughput", (*rounds, *(() if on_gpu else ("--allow_unchecked",))), 110 * limit),
+        Step("throughput", (*rounds, *training), 110 * limit),
     ]
 
 
 def run_all(config: AllConfig) -> int:
     """`moe-bench all`."""
-    out, on_gpu = open_folder(config.out), torch.cuda.is_available()
-    ended = [run_step(step, out, step.seconds) for step in steps(config.quick, on_gpu)]
-    return finish(out, ended, torch.device("cuda" if on_gpu else "cpu"))
+    out, device = open_folder(config.out), pick_device("auto")
+    training = gpu.training(memory_total(device)) if device.type == "cuda" else ("--allow_unchecked",)
+    ended = [run_step(step, out, step.seconds) for step in steps(config.quick, training)]
+    return finish(out, ended, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ from moe_engine.bench.layer_steps import (
     memory,
     with_save,
 )
-from moe_engine.bench.runner import append_rows, interleave, make_row
+from moe_engine.bench.runner import append_rows, check_writable, interleave, make_row
 from moe_engine.bench.shapes import DTYPES, ROUTING, SHAPES
 from moe_engine.config import BACKENDS, SAVE
 from moe_engine.train.cli import run_command
@@ -107,9 +107,10 @@ class LayerConfig:
                 raise InputError(f"--{name}: expected {expected}, got {value}")
         if sizes["d_model"] < sizes["experts"]:
             raise InputError(f"--d_model: expected at least --experts, {sizes['experts']}, got {sizes['d_model']}")
+        peers = [peer for peer in PEERS if self.style in ("both", peer.style)]
         for part in self.peers if self.peers != NO_PEERS else ():
-            if not any(_in(part, peer) for peer in PEERS):
-                names = "; ".join(peer.name for peer in PEERS)
+            if not any(_in(part, peer) for peer in peers):
+                names = "; ".join(peer.name for peer in peers)
                 raise InputError(f"--peers: expected parts of these names: {names}; got {part!r}")
         return Problem(device, self.dtype or ("bf16" if on_gpu else "fp32"), routing=self.routing, **sizes)
 
@@ -189,10 +190,13 @@ def check_memory(problem: Problem) -> None:
     """
     p, itemsize = problem, problem.torch_dtype.itemsize
     # Weights: BLAS's, ours, and in fp64; the gradients of each, and those of the reference in the layer's own dtype.
-    need, free = 3 * p.experts * p.d_model * p.d_ff * (5 * itemsize + 2 * 8), free_memory(p.device)
+    weights = 3 * p.experts * p.d_model * p.d_ff * (5 * itemsize + 2 * 8)
+    # Rows: BLAS's in and out; x and grad_out; x, output and its gradient in fp64. Logits in fp64, their order twice.
+    rows = p.tokens * p.top_k * (4 * p.d_model + 6 * p.d_ff) * itemsize + p.tokens * p.d_model * (2 * itemsize + 3 * 8)
+    need, free = weights + rows + p.tokens * p.experts * 3 * 8, free_memory(p.device)
     if need > free:
         raise InputError(
-            f"--shape: expected a layer that can be checked in fp64 with {free / 1e9:.1f} GB of memory, "
+            f"--shape, --tokens: expected a layer that can be checked in fp64 with {free / 1e9:.1f} GB of memory, "
             f"got one that needs {need / 1e9:.1f} GB"
         )
 
@@ -230,6 +234,7 @@ def examine_all(config: LayerConfig, problem: Problem) -> list[Entry]:
 def layer(config: LayerConfig) -> int:
     """Check, measure, print a table; returns the exit status."""
     problem = config.problem()
+    check_writable(output=config.output, picture=config.picture)
     keep_freed_memory()
     if config.backend == "triton" and problem.device.type == "cpu":
         from moe_engine import simulator

@@ -212,8 +212,8 @@ def memory(step: Step) -> dict[str, int]:
     copy that nobody else holds. On a GPU sizes are rounded up to 512 bytes; on a CPU the step has one thread.
     """
     device, threads = step.x.device, torch.get_num_threads()
+    gc.collect()  # what others have left is not to be freed in between
     if device.type == "cuda":
-        gc.collect()  # what others have left is not to be freed in between
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         out = step.forward(step.x.clone())

@@ -135,23 +135,58 @@ def make_row(
     return {"benchmark": benchmark, "name": name, "settings": dict(settings), **timed, **values, **stamp(device)}
 
 
+def check_writable(**files: str | None) -> None:
+    """Whether results can be written, before anything is measured; folders are made.
+
+    Args:
+        files: option → its file; None: none is wanted.
+    Raises:
+        InputError: one of them cannot be written.
+    """
+    for option, file in files.items():
+        if file is None:
+            continue
+        path = Path(file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
+            with open(path, "a", encoding="utf-8"):
+                pass
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise InputError(f"--{option} {file}: expected a file that can be written, got {error.strerror}") from None
+
+
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add results to a JSONL file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(r) + "\n" for r in rows)
+    """Add results to a JSONL file, all in one write: who is stopped leaves no half of a line.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as error:
+        raise InputError(f"{path}: expected a file that results can be added to, got {error.strerror}") from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, oldest first.
 
     Raises:
-        InputError: there is no such file, or a line is no row.
+        InputError: there is no such file, or it cannot be read, or a line is no row.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected a JSONL file of results, found none")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a JSONL file of results, got {error}") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
             complete = all(key in rows[-1] for key in ("benchmark", "name", "settings", "device", "time"))

@@ -92,11 +92,18 @@ def run_step(step: Step, out: Path, seconds: float) -> Ended:
 
 
 def open_folder(folder: str) -> Path:
-    """The folder for what is found, which is new or empty."""
+    """The folder for what is found, which is new or empty.
+
+    Raises:
+        InputError: it is not, or cannot be made.
+    """
     out = Path(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: expected a new or an empty folder")
-    (out / "rows").mkdir(parents=True)
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out}: expected a new or an empty folder")
+        (out / "rows").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: expected a folder that can be made, got {error.strerror}") from None
     return out
 
 

@@ -360,6 +360,11 @@ def test_our_layer_keeps_what_the_design_says(style, save):
         (["--dtype", "fp8"], "error: --dtype: expected"),
         (["--style", "olmoe"], "error: --style: expected one of both, mixtral, gpt-oss, got 'olmoe'"),
         (["--peers", "loop", "torch2"], "error: --peers: expected parts of these names: transformers Mixtral, eager; "),
+        # Of the other style: it would be left out without a word.
+        (["--peers", "sonic", "--style", "gpt-oss"], "error: --peers: expected parts of these names: transformers gpt"),
+        (["--output", "/dev/null/rows.jsonl"], "error: --output /dev/null/rows.jsonl: expected a file that can be "),
+        (["--picture", "/"], "error: --picture /: expected a file that can be written, got Is a directory"),
+        (["--tokens", "1000000000"], "error: --shape, --tokens: expected a layer that can be checked in fp64 with "),
     ],
 )
 def test_errors_name_the_option(options, message, capsys):
@@ -371,10 +376,9 @@ def test_errors_name_the_option(options, message, capsys):
 def test_a_layer_that_cannot_be_checked_here_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(bench, "free_memory", lambda _device: 30 * 10**9)
     assert bench.main(["--shape", "mixtral-8x7b", "--device", "cpu"]) == 2
-    assert (
-        "--shape: expected a layer that can be checked in fp64 with 30.0 GB of memory, got one that needs 50.7 GB"
-        in (capsys.readouterr().err)
-    )
+    error = capsys.readouterr().err
+    assert "--shape, --tokens: expected a layer that can be checked in fp64 with 30.0 GB of memory, got one " in error
+    assert "that needs 52.7 GB" in error
 
 
 def test_a_backend_or_device_that_is_not_there(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_all_leaves_rows_pictures_report_and_one_json(monkeypatch, tmp_path, cap
         Step("memory", ("--preset", "tiny", "--batch_size", "1", "--block_size", "32", "--device", "cpu"), 60, False),
         Step("roofline", ("--card", "nonsense"), 60),
     ]
-    monkeypatch.setattr(everything, "steps", lambda quick, on_gpu: steps)
+    monkeypatch.setattr(everything, "steps", lambda quick, training: steps)
     out = tmp_path / "out"
     assert command.main(["all", "--quick", "--out", str(out)]) == 1, "a step that failed fails all of it"
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -60,9 +61,9 @@ def test_all_leaves_rows_pictures_report_and_one_json(monkeypatch, tmp_path, cap
 
 
 def test_every_step_is_a_command_and_the_quick_ones_take_ten_minutes():
-    for steps in (everything.steps(True, False), everything.steps(False, True), gpu.steps(480, 80e9)):
+    for steps in (everything.steps(True, ()), everything.steps(False, ()), gpu.steps(480, 80e9)):
         assert all(step.name in command.COMMANDS for step in steps)
-    assert sum(step.seconds for step in everything.steps(True, False)) <= 600 - 60
+    assert sum(step.seconds for step in everything.steps(True, ())) <= 600 - 60
     assert sum(step.seconds for step in gpu.steps(480, 80e9)) <= 0.75 * 480
 
 
@@ -96,7 +97,27 @@ def test_without_torchao_8b_is_cut_to_what_fits(monkeypatch, capsys):
     assert flags[:4] == ("--preset", "8b", "--model.num_layers", "6") and "--allow_unchecked" in flags
     assert "8b is cut to 6 of its layers" in capsys.readouterr().out
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
-    assert gpu.training(80e9) == ()
+    assert gpu.training(80e9) == ("--grad_accum_steps", "1")
+
+
+def test_without_torchao_neither_all_nor_a_host_of_many_gpus_takes_what_needs_it(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(everything, "pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(everything, "memory_total", lambda device: 80e9)
+    monkeypatch.setattr(everything, "run_step", lambda step, out, seconds: ran.append(step))
+    monkeypatch.setattr(everything, "finish", lambda out, ended, device: int(device.type != "cuda"))
+    assert everything.main(["--quick", "--out", str(tmp_path / "out")]) == 0
+    (training,) = [step for step in ran if step.name == "throughput"]
+    assert {"--preset", "--model.num_layers", "--allow_unchecked"} <= set(training.arguments)
+
+
+def test_what_decides_is_tested_first():
+    paths = [Path(path) for path in gpu.files_to_test()]
+    assert all(path.is_file() for path in paths) and len(set(paths)) == len(paths), "no folder that holds one of them"
+    assert paths[: len(gpu.CORRECTNESS)] == [gpu.TESTS / name for name in gpu.CORRECTNESS]
+    assert set(paths) >= set((gpu.TESTS / "kernels").glob("test_*.py"))
 
 
 def test_gpu_needs_one(capsys, monkeypatch, tmp_path):
