@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,17 @@ def quantiles(seconds: np.ndarray) -> dict[str, float]:
     return {"p20": p20, "p50": p50, "p80": p80, "band": band, "rounds": len(seconds)}
 
 
+def changed(config: Any, *names: str) -> dict[str, Any]:
+    """Settings of a run (`TrainConfig`) that are not what they are by default: overrides of the model, and of `names`.
+
+    Left out where they are the default, so that rows which did not tell them apart stay comparable.
+    """
+    defaults = {f.name: f.default for f in fields(config)}
+    found = {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
+    model = {name: value for name, value in asdict(config.model).items() if value is not None}
+    return found | ({"model": model} if model else {})
+
+
 def make_row(
     benchmark: str,
     name: str,
@@ -132,6 +145,28 @@ def make_row(
     return {"benchmark": benchmark, "name": name, "settings": dict(settings), **timed, **values, **stamp(device)}
 
 
+def check_writable(**files: str | None) -> None:
+    """Find out before a measurement, and not after it, whether its results can be written; leaves no file behind.
+
+    Args:
+        files: option → what was given for it.
+    Raises:
+        InputError: one of them cannot be written.
+    """
+    for name, file in files.items():
+        if not file:
+            continue
+        is_new = not os.path.lexists(file)
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a"):
+                pass
+            if is_new:
+                os.unlink(file)
+        except OSError as error:
+            raise InputError(f"--{name}: expected a file that can be written, got {file} ({error.strerror})") from None
+
+
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add results to a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,12 +178,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, oldest first.
 
     Raises:
-        InputError: there is no such file, or a line is no row.
+        InputError: there is no such file, it cannot be read, or a line is no row.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected a JSONL file of results, found none")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a JSONL file of results, got {type(error).__name__}") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             rows.append(json.loads(line))
             complete = all(key in rows[-1] for key in ("benchmark", "name", "settings", "device", "time"))
