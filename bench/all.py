@@ -31,12 +31,12 @@ def steps(quick: bool, on_gpu: bool) -> list[Step]:
     limit = 1.0 if quick else 6.0
     return [
         Step("roofline", (), 30 * limit),
-        Step("traffic", (), 60 * limit, picture=False),
-        Step("compile", ("--arch", *archs), 90 * limit, picture=False),
-        Step("memory", (), 90 * limit, picture=False),
-        Step("kernels", (*rounds, "--routing", "balanced"), 60 * limit),
-        Step("layer", rounds, 100 * limit),
-        Step("throughput", (*rounds, *(() if on_gpu else ("--allow_unchecked",))), 100 * limit),
+        Step("traffic", (), 40 * limit, picture=False),
+        Step("compile", ("--arch", *archs), 60 * limit, picture=False),
+        Step("memory", (), 120 * limit, picture=False),
+        Step("kernels", (*rounds, "--routing", "balanced"), 90 * limit),
+        Step("layer", rounds, 90 * limit),
+        Step("throughput", (*rounds, *(() if on_gpu else ("--allow_unchecked",))), 110 * limit),
     ]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_engine.bench.runner import LEAST_BAND, append_rows, check_writable, identity, read_rows
+from moe_engine.bench.runner import append_rows, check_writable, identity, read_rows
 from moe_engine.train.cli import run_command
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
@@ -113,7 +113,7 @@ def changes(label: str, a: Row, b: Row, threshold: float) -> list[Change]:
             continue
         ratio = _ratio(before, after)
         if figure == "p50":
-            band = math.hypot(a.get("band", LEAST_BAND), b.get("band", LEAST_BAND))
+            band = math.hypot(a["band"], b.get("band", 0.0))
         if after is None:
             verdict = "lost"
         elif band is not None and ratio is not None:

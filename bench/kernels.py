@@ -6,7 +6,8 @@
 
 Before an operation is timed its results are held against fp64, all of them, on the inputs that it is timed with; what
 is wrong has no time, and the command ends with status 1. A round is one call: by the clock on a CPU; on a GPU by its
-events, with the L2 cache emptied. Bytes are the least that the operation can move: each of its tensors once, the
+events, with the L2 cache emptied. On a CPU, which is now fast and now slow, each operation is come back to --visits
+times, with a part of its rounds. Bytes are the least that the operation can move: each of its tensors once, the
 expert MLP's once in each launch. What a product and a copy reach is measured in the same run; the time at which an
 operation would do its FLOPs and move its bytes at these rates, whichever takes longer, is its bound, and "of bound"
 is the bound over the time: above 1 where a cache serves what the copy has to fetch from memory.

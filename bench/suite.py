@@ -23,6 +23,8 @@ import torch
 from moe_engine.bench.runner import read_rows, stamp
 from moe_engine.train.errors import InputError
 
+PYTHON = (sys.executable, "-P")
+"""Without the current folder: a file in it that is called as a package would be taken for the package."""
 GRACE = 10.0
 """Seconds that a process has to write what it has, after it was asked to stop."""
 
@@ -80,7 +82,7 @@ def run_process(command: Sequence[str], seconds: float) -> int | None:
 
 def run_step(step: Step, out: Path, seconds: float) -> Ended:
     """Run a step, for so many seconds at most."""
-    command = [sys.executable, "-m", "moe_engine.bench", step.name, *step.arguments]
+    command = [*PYTHON, "-m", "moe_engine.bench", step.name, *step.arguments]
     command += ["--output", str(out / "rows" / f"{step.name}.jsonl")]
     command += ["--picture", str(out / f"{step.name}.png")] if step.picture else []
     print(f"\n== moe-bench {' '.join((step.name, *step.arguments))}", flush=True)
@@ -100,7 +102,7 @@ def open_folder(folder: str) -> Path:
 
 def finish(out: Path, ended: list[Ended], device: torch.device) -> int:
     """Report, one JSON of everything, a summary; returns the exit status."""
-    report = [sys.executable, "-m", "moe_engine.bench", "report", "--results", str(out / "rows"), "--out", str(out)]
+    report = [*PYTHON, "-m", "moe_engine.bench", "report", "--results", str(out / "rows"), "--out", str(out)]
     begin = time.perf_counter()
     ended.append(Ended("report", run_process(report, 60), time.perf_counter() - begin))
     rows: list[dict[str, Any]] = []

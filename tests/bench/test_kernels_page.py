@@ -5,14 +5,21 @@ import re
 import shlex
 from pathlib import Path
 
-from moe_engine.bench import memory
+from moe_engine.bench import memory, plan, projection
+from moe_engine.bench.all import AllConfig
+from moe_engine.bench.compare import CompareConfig
 from moe_engine.bench.compile_only import CompileConfig
+from moe_engine.bench.gpu import GpuConfig
+from moe_engine.bench.kernel_run import KernelsConfig
+from moe_engine.bench.layer import LayerConfig
+from moe_engine.bench.report import ReportConfig
 from moe_engine.bench.shapes import LayerShape
 from moe_engine.bench.traffic import TrafficConfig
 from moe_engine.train.cli import build, parse
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PRODUCTS = {  # the table's rows: kernel, phase, which of them in it
     "up_fwd": ("_up_fwd_kernel", "forward", 0),
@@ -25,15 +32,17 @@ PRODUCTS = {  # the table's rows: kernel, phase, which of them in it
 
 
 def test_the_commands_of_the_pages_are_accepted():
-    configs = {"compile": CompileConfig, "traffic": TrafficConfig}
-    calls = re.findall(r"^moe-bench .*$", PAGE + README, re.M)
-    assert len(calls) >= 4
+    configs = {"kernels": KernelsConfig, "layer": LayerConfig, "compile": CompileConfig, "traffic": TrafficConfig}
+    configs |= {"report": ReportConfig, "compare": CompareConfig, "all": AllConfig, "gpu": GpuConfig}
+    of_training = {"memory": memory.Flags, "throughput": plan.Flags, "roofline": projection.Flags}
+    calls = re.findall(r"^moe-bench [a-z].*$", PAGE + README + BENCHMARKS, re.M)
+    assert len(calls) >= 8
     for call in calls:
         _, name, *arguments = shlex.split(call, comments=True)
-        if name == "memory":  # its flags are those of moe-train, put together with a file's
-            assert parse(name, memory.Flags, arguments).keys() >= {"config"} or not arguments
-            continue
-        build(configs[name], parse(name, configs[name], arguments))
+        if name in of_training:  # their flags are those of moe-train, put together with a file's
+            parse(name, of_training[name], arguments)
+        else:
+            build(configs[name], parse(name, configs[name], arguments))
 
 
 def _rows(name: str) -> list[dict]:

@@ -17,7 +17,7 @@ from moe_engine.bench.suite import Ended, Step
 
 # What a GPU host has (besides the standard library), and so what `moe-bench gpu` may import, with what that needs.
 HOST = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "tiktoken", "rich",
-        "typer", "tensorboard", "matplotlib", "pyarrow", "safetensors", "transformers", "tokenizers", "psutil",
+        "typer", "click", "tensorboard", "matplotlib", "pyarrow", "safetensors", "transformers", "tokenizers", "psutil",
         "setuptools", "wheel")  # fmt: skip
 
 
@@ -169,5 +169,5 @@ def test_the_path_of_a_gpu_host_imports_what_is_there():
         for module, owners in metadata.packages_distributions().items()
         if not {owner.lower().replace("_", "-") for owner in owners} & allowed
     }
-    assert "ruff" in blocked and not blocked & {"torch", "click", "numpy"}
+    assert blocked & {"pip", "ruff", "xdist"} and not blocked & {"torch", "click", "numpy"}
     subprocess.run([sys.executable, "-c", BLOCKER.format(blocked=sorted(blocked))], check=True)
