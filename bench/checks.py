@@ -17,7 +17,7 @@ from moe_engine.testing import parameters, relative_error
 from moe_engine.train import parallel
 from moe_engine.train.config import TrainConfig
 
-CHECKED_TOKENS, CHECKED_LAYERS, CHECKED_VOCABULARY = 64, 2, 1024
+CHECKED_TOKENS, MOST_TOKENS, CHECKED_LAYERS, CHECKED_VOCABULARY = 64, 2048, 2, 1024
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Relative errors; of a gradient the root mean square over a parameter. In fp32 some 1e-6, in bf16 1e-2 are found."""
@@ -57,11 +57,21 @@ def _clear_choices(model: Transformer, values: dict[str, Tensor]) -> dict[str, T
     return values
 
 
+def checked_tokens(config: ModelConfig, timed: int) -> int:
+    """Length of the sequence that is checked before a micro-step of `timed` tokens is.
+
+    At least `CHECKED_TOKENS`; and as far as that is timed, so many that windows end within it and that experts get 128
+    rows, which the kernels' usual tiles compute and not those for a few rows. fp64 has no room for over `MOST_TOKENS`.
+    """
+    enough = max(2 * config.sliding_window, -(-128 * config.num_experts // config.top_k))
+    return max(CHECKED_TOKENS, min(timed, enough, MOST_TOKENS))
+
+
 def check_exact(config: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype) -> float:
     """Hold our loss and the gradient of every parameter against fp64, in the dtype that is going to be timed.
 
     The model has the widths, experts and backend of the one to be timed, at most `CHECKED_LAYERS` of its layers and
-    `CHECKED_VOCABULARY` rows of its vocabulary, and `CHECKED_TOKENS` tokens: of 8 B parameters fp64 would take 65 GB.
+    `CHECKED_VOCABULARY` rows of its vocabulary, and `checked_tokens`: of 8 B parameters fp64 would take 65 GB.
 
     Returns:
         The largest relative error of a gradient.
@@ -76,7 +86,8 @@ def check_exact(config: ModelConfig, train: TrainConfig, device: torch.device, d
         with torch.no_grad():
             for name, value in _clear_choices(model, parameters(model)).items():
                 model.get_parameter(name).copy_(value)
-        tokens, targets = (ids.to(device) for ids in _tokens(vocabulary))
+        length = checked_tokens(config, train.batch_size * train.block_size)
+        tokens, targets = (ids.to(device) for ids in _tokens(vocabulary, length))
         out = model(tokens, targets)
         loss = out.loss / targets.numel() + AUX_COEF * balance_loss(out.stats, config.top_k).sum()
         loss.backward()
@@ -91,9 +102,9 @@ def check_exact(config: ModelConfig, train: TrainConfig, device: torch.device, d
     return errors[worst]
 
 
-def _tokens(vocabulary: int) -> tuple[Tensor, Tensor]:
+def _tokens(vocabulary: int, length: int = CHECKED_TOKENS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1, CHECKED_TOKENS + 1), generator=generator, device="cpu")
+    ids = torch.randint(0, vocabulary, (1, length + 1), generator=generator, device="cpu")
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_engine.bench.runner import append_rows, identity, newest, read_rows
+from moe_engine.bench.runner import append_rows, check_writable, identity, read_rows
 from moe_engine.train.cli import run_command
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
@@ -190,7 +190,7 @@ def _matched(config: CompareConfig) -> tuple[list[tuple[Row, Row]], list[Row], l
     def key(row: Row) -> tuple[str, ...]:
         return identity(row) if config.any_device else (*identity(row), row["device"])
 
-    a, b = ({key(r): r for r in newest(read_rows(Path(path)))} for path in (config.a, config.b))
+    a, b = ({key(r): r for r in read_rows(Path(path))} for path in (config.a, config.b))  # the last of a thing counts
     pairs = [(row, b[name]) for name, row in a.items() if name in b]
     if not pairs:
         hint = "" if config.any_device else "; other devices count with --any_device"
@@ -206,8 +206,9 @@ def _output_row(change: Change) -> dict[str, Any]:
 
 def compare(config: CompareConfig) -> int:
     """Match, print the tables, name the regressions; returns the exit status."""
-    if config.threshold < 0:
+    if not 0 <= config.threshold < math.inf:  # a NaN would call everything the same
         raise InputError(f"--threshold: expected 0 or more, got {config.threshold}")
+    check_writable(output=config.output)
     pairs, only_a, only_b = _matched(config)
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     print(f"A: {config.a}\nB: {config.b}\n{len(pairs)} results in both; threshold {config.threshold:.1%}")

@@ -22,7 +22,7 @@ from typing import Any
 
 from moe_engine.bench.compile_worker import PHASES, Job, Report, run_job
 from moe_engine.bench.machine_code import CARDS
-from moe_engine.bench.runner import append_rows, make_row
+from moe_engine.bench.runner import append_rows, check_writable, make_row
 from moe_engine.bench.shapes import DTYPES
 from moe_engine.config import SAVE
 from moe_engine.presets import PRESETS
@@ -152,6 +152,7 @@ def compile_only(config: CompileConfig) -> int:
     archs = list(dict.fromkeys(config.arch))
     if not archs:
         raise InputError(f"--arch: expected at least one of {', '.join(CARDS)}")
+    check_writable(output=config.output)
     jobs = [
         Job(arch, config.preset, config.tokens, config.dtype, config.save, config.candidates, config.script)
         for arch in archs

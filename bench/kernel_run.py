@@ -32,6 +32,8 @@ WARM_UP = 0.1  # seconds of calls before the first round: clocks rise, caches fi
 TIMED, INTERPRETED = "ok", "checked, not timed: Triton's interpreter"
 BAD = ("wrong", "failed")
 """What the status of a row begins with where the operation is at fault."""
+PEER = "grouped_mm"
+"""Not ours: where it is wrong, or is not for a device or a dtype, its row says so, and that is all."""
 SIZES = ("d_model", "d_ff", "experts", "top_k")
 CEILINGS = {"cuda": (8192, 1 << 30), "cpu": (1024, 1 << 28)}
 """Side of the square product and bytes of the copy that are measured as ceilings."""
@@ -72,12 +74,14 @@ class KernelsConfig:
         Raises:
             InputError: there is no such layer.
         """
-        given = {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+        moe = SHAPES[shape]
+        own = dict(zip(SIZES, (moe.d_model, moe.d_ff, moe.num_experts, moe.top_k), strict=True))
+        given = {name: getattr(self, name) for name in SIZES if getattr(self, name) not in (None, own[name])}
         label = ", ".join([shape, *(f"{name} {value}" for name, value in given.items())])
         if "experts" in given:
             given["num_experts"] = given.pop("experts")
         try:
-            return label, replace(SHAPES[shape], **given)
+            return label, replace(moe, **given)
         except ValueError as error:
             raise InputError(f"--{str(error).replace('num_experts', 'experts')}") from None
 
@@ -163,8 +167,6 @@ class KernelRun:
     def _runs(self, op: str, implementation: str) -> bool:
         if implementation == "triton" and self.device.type == "cpu":
             return self.interpreted
-        if implementation == "grouped_mm" and self.device.type == "cuda" and self.dtype != torch.bfloat16:
-            return False  # PyTorch has it in bf16 there
         return implementation in MAKERS[op][1]
 
     def measure_ceilings(self, visit: int) -> None:
@@ -276,7 +278,7 @@ class KernelRun:
             return self.add(case, f"{BAD[0]}: {error}")["status"]
         except Exception as error:  # it ends this case and no other: the row has the message, the trace goes to stderr
             message = (str(error).splitlines() or [""])[0]
-            if case.implementation == "grouped_mm" and isinstance(error, RuntimeError):  # not for every device
+            if case.implementation == PEER and isinstance(error, RuntimeError):  # not for every device
                 return self.add(case, f"not run: {message}")["status"]
             traceback.print_exc()
             return self.add(case, f"{BAD[1]}: {type(error).__name__}: {message}")["status"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_engine.bench import plots
-from moe_engine.bench.runner import append_rows, make_row
+from moe_engine.bench.runner import append_rows, check_writable, make_row
 from moe_engine.train.cli import run_command
 from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import deterministic, read_metrics
@@ -157,6 +157,9 @@ def draw(path: Path, runs: dict[str, Records]) -> None:
 
 def compare(config: ModesConfig) -> int:
     """Run, print a table (as docs/training.md has it), draw; returns 1 where a bound is not kept."""
+    if config.threads < 1:
+        raise InputError(f"--threads: expected at least 1, got {config.threads}")
+    check_writable(picture=config.picture, output=config.output)
     runs = {name: _run(config, name) for name in MODES}
     rows = [_row(config, name, records, runs[PLAIN]) for name, records in runs.items()]
     print(TABLE_HEAD)

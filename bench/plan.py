@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from moe_engine.bench import steps
 from moe_engine.bench.goals import best_target, target_name
+from moe_engine.bench.runner import changed
 from moe_engine.bench.targets import CONFIGS, GUIDE
 from moe_engine.train import config as settings
 from moe_engine.train.config import TrainConfig
@@ -83,12 +84,17 @@ def _choose_peers(plan: Plan, wanted: bool | None) -> None:
     fits = plan.device.type == "cpu" and dtype == "float32" and plan.world.size == 1
     fits = fits and config.preset in ("tiny", "small")
     same = not model.tie_embeddings and model.gate in (None, "softmax_over_topk")  # else there is no such Mixtral
-    if wanted and not (fits and same):
+    same = same and model.router_balance in (None, "loss") and not model.router_jitter
+    # What peers do not do, they cannot be compared in.
+    plain = config.checkpointing == "none" and config.optimizer == "adamw" and not config.optimizer_in_backward
+    plain = plain and not (config.router_z_coef or config.logit_z_coef)
+    if wanted and not (fits and same and plain):
         raise InputError(
             "--peers: expected one process on a CPU, float32, tiny or small, embeddings untied, softmax_over_topk, got "
-            f"{plan.world.size} on {plan.device.type}, {dtype}, {config.preset}" + (", another model" if fits else "")
+            f"{plan.world.size} on {plan.device.type}, {dtype}, {config.preset}"
+            + ("" if not fits else ", another model" if not same else ", checkpointing, a z-loss or another optimizer")
         )
-    if wanted is False or not (fits and same):
+    if wanted is False or not (fits and same and plain):
         return
     try:
         new = int(importlib.metadata.version("transformers").split(".")[0]) >= 5
@@ -99,13 +105,18 @@ def _choose_peers(plan: Plan, wanted: bool | None) -> None:
 
 
 def _table(given: dict[str, Any], target: str, device: torch.device, ranks: int) -> tuple[dict[str, Any], str | None]:
-    """The options below those of the command line, and the name of the guide's row that they are of, or None."""
+    """The options below those of the command line, and the name of the guide's row that is run with them, or None."""
     file = given.get("config")
+    # A row speaks of one model at one context; how it is computed is ours to choose.
+    other = [f"--model.{name}" for name in given.get("model", {}) if name not in ("backend", "save", "autotune")]
+    other += ["--block_size"] if "block_size" in given else []
     if target != "auto":
         if device.type != "cuda":
             raise InputError(f"--target {target}: expected a GPU, found none")
         if file or "preset" in given:
             raise InputError(f"--target {target}: expected no --config and no --preset besides, got one")
+        if other:
+            raise InputError(f"--target {target}: expected its own model and block_size, got {', '.join(other)}")
     elif file or "preset" in given:
         return settings.read_toml(file) if file else {}, None
     elif device.type == "cuda":
@@ -118,7 +129,7 @@ def _table(given: dict[str, Any], target: str, device: torch.device, ranks: int)
         return {"preset": "small" if device.type == "cuda" else "tiny"}, None
     if not CONFIGS.is_dir():
         raise InputError(f"{CONFIGS}: expected the folder of configurations, which only a source tree has")
-    return settings.read_toml(CONFIGS / f"{target}.toml"), target
+    return settings.read_toml(CONFIGS / f"{target}.toml"), None if other else target
 
 
 def make_plan(given: dict[str, Any], world: World, folder: Path) -> Plan:
@@ -133,9 +144,8 @@ def make_plan(given: dict[str, Any], world: World, folder: Path) -> Plan:
     own = {name: options.pop(name, None) for name in names}
     device = pick_device(options.get("device", "auto"), world.local_rank)
     if device.type == "cuda":
-        torch.cuda.set_device(
-            device
-        )  # where kernels are launched, also in the checks before the process group is there
+        # Where kernels are launched, also in the checks before the process group is there.
+        torch.cuda.set_device(device)
     table, target = _table(given, own["target"] or "auto", device, world.size)
     config = settings.resolve(options, {"data_dir": "", **table})
     # A small constant learning rate: routing, and with it the work, stays what it is at initialisation.
@@ -158,6 +168,8 @@ def make_plan(given: dict[str, Any], world: World, folder: Path) -> Plan:
     if config.model.backend == "triton" and device.type == "cpu":
         raise InputError("--model.backend triton: expected a GPU, got Triton's interpreter, in which nothing is timed")
     _choose_peers(plan, own["peers"])
+    if own["memory"] and len(plan.names) == 1:
+        raise InputError(f"--memory: expected peers, which it is about, got {own['memory']} and none")
     return plan
 
 
@@ -167,12 +179,12 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     names = ("preset", "batch_size", "block_size", "grad_accum_steps", "optimizer", "optimizer_in_backward")
     names += ("param_dtype", "checkpointing", "checkpoint_every", "reshard_after_forward", "dp_replicate")
     names += ("cpu_offload",)
-    overrides = {name: value for name, value in asdict(config.model).items() if value is not None}
     configured = {} if plan.micro_steps is None else {"configured_grad_accum_steps": plan.micro_steps}
     return {
         **{name: getattr(config, name) for name in names},
         **configured,
-        "model": overrides,
+        "model": {},
+        **changed(config, "grad_clip", "router_z_coef", "logit_z_coef"),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "ranks": plan.world.size,
         "data": read_meta(config.data_dir).dataset,

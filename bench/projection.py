@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_engine.bench.gpus import GPUS, Gpu
-from moe_engine.bench.runner import make_row
+from moe_engine.bench.runner import changed, make_row
 from moe_engine.bench.scaling import Links, meta_model
 from moe_engine.bench.shapes import SHAPES
 from moe_engine.bench.work import Work, total_seconds
@@ -127,7 +127,8 @@ def run_settings(run: Run) -> dict[str, Any]:
     """What makes two projections of runs comparable, the card and its efficiencies apart."""
     names = ("preset", "batch_size", "block_size", "grad_accum_steps", "checkpointing", "checkpoint_every")
     names += ("optimizer", "param_dtype", "reshard_after_forward")
-    return {name: getattr(run.config, name) for name in names} | {"itemsize": run.itemsize}
+    chosen = {name: getattr(run.config, name) for name in names} | {"itemsize": run.itemsize}
+    return chosen | changed(run.config, "optimizer_in_backward", "grad_clip")
 
 
 def result(

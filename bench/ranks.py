@@ -16,6 +16,8 @@ from moe_engine.bench.checks import WRONG, WrongResult
 from moe_engine.bench.runner import read_rows
 from moe_engine.train.errors import InputError
 
+SHARED_CORES = "all ranks share the same cores, so n ranks can be expected to have an efficiency of 1/n"
+
 
 def arguments(given: Mapping[str, Any]) -> list[str]:
     """A command line from what `train.cli.parse` made of one."""

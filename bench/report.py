@@ -5,6 +5,7 @@ The same results give the same page, byte for byte: nothing is measured here, an
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from typing import Any
 from moe_engine.bench import report_counted as counted
 from moe_engine.bench import report_tables as tables
 from moe_engine.bench.report_tables import Page, Rows
-from moe_engine.bench.runner import newest, read_rows
+from moe_engine.bench.runner import check_writable, newest, read_rows
 from moe_engine.train.cli import run_command
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = "REPORT.md"
+PICTURE = re.compile(r"(layer|throughput|kernels|roofline|scaling)(_\d+)?\.png")
+"""What a report's pictures are called."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,11 @@ def report(config: ReportConfig) -> int:
     """Read, draw, write; returns the exit status."""
     results = Path(config.results)
     page, out = make_page(read_results(results)), Path(config.out or config.results)
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out=str(out / PAGE))
+    if (out / PAGE).exists():  # else a picture of such a name is somebody else's
+        for old in out.glob("*.png"):
+            if PICTURE.fullmatch(old.name) and old.name not in page.pictures:
+                old.unlink()
     for name, draw in page.pictures.items():
         draw(out / name)
     (out / PAGE).write_text("\n".join(page.lines) + "\n", encoding="utf-8")

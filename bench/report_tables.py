@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_engine.bench.compare import flat
+from moe_engine.bench.ranks import SHARED_CORES
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -182,6 +183,8 @@ def scaling(page: Page, rows: Rows) -> None:
             first = {r["name"]: r for r in reversed(run)}
             headings = ("", "ranks", "p50 ms", "tokens/s", "of perfect scaling")
             page.table(headings, (_scaling_line(r, first[r["name"]]) for r in run))
+            if any(r.get("threads") for r in run):
+                page.add(f"On a CPU {SHARED_CORES}.")
 
 
 def _scaling_line(row: Row, first: Row) -> list[str]:
@@ -236,7 +239,9 @@ def targets(page: Page, rows: Rows) -> None:
         "[the README](../../README.md#what-the-guide-promises-and-physics-does-not).",
     )
     headings = ("", "device", "measured tokens/s", "target", "of target", "moonshot", "of moonshot", "verdict")
-    latest = {(row["name"], row["device"]): row for row in sorted(rows, key=lambda row: row["time"])}
+    # What was judged stands until it is judged again, and not until the next run of something else.
+    by_time = sorted(rows, key=lambda row: (row.get("measured") is not None, row["time"]))
+    latest = {(row["name"], row["device"]): row for row in by_time}
     page.table(headings, map(_target_line, latest.values()), left=2)
     if any(row.get("scaled") for row in latest.values()):
         page.add("A target with * is that of another card, scaled by the peaks of both.")

@@ -15,7 +15,7 @@ scores and logits in backward) take time; MFU does not count them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from moe_engine.bench.projection import (
 )
 from moe_engine.bench.promises import HOUR, thousands
 from moe_engine.bench.roofline_plots import draw, draw_scaling
-from moe_engine.bench.runner import append_rows, read_rows
+from moe_engine.bench.runner import append_rows, changed, check_writable, read_rows
 from moe_engine.bench.scaling import HOST, Projection, project
 from moe_engine.bench.shapes import SHAPES
 from moe_engine.bench.targets import CONFIGS
@@ -51,10 +51,17 @@ BUDGETS = (10e9, 100e9)
 # -- the layer --
 
 
-def layer_rows(moe: MoEConfig, name: str, tokens: int, itemsize: int, options: Options) -> list[dict[str, Any]]:
-    """Print a layer launch by launch for each detailed card, then forward and backward for every card."""
+def layer_rows(
+    moe: MoEConfig, name: str, tokens: int, itemsize: int, options: Options, overrides: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Print a layer launch by launch for each detailed card, then forward and backward for every card.
+
+    Args:
+        name: of its shape or preset.
+        overrides: settings of the row with which the layer is not what its name says.
+    """
     works, rows, lines = layer_work(moe, tokens, itemsize), [], []
-    given = {"layer": name, "tokens": tokens, "save": moe.save, "itemsize": itemsize}
+    given = {"layer": name, "tokens": tokens, "save": moe.save, "itemsize": itemsize, **overrides}
     headings = ("launch", "phase", "GFLOP", "MB", "FLOP/byte", "bound", "ms at 100 %", "ms at efficiency")
     for card in options.cards:
         gpu, table = GPUS[card], []
@@ -232,8 +239,10 @@ def roofline(run: Run, options: Options) -> int:
     moe = replace(SHAPES[options.shape], save=run.model.save) if options.shape else run.model.moe
     tokens = options.tokens or run.config.batch_size * run.config.block_size
     measured = read_rows(Path(options.rows)) if options.rows else []
+    check_writable(output=options.output, picture=options.picture, scaling_picture=options.scaling_picture)
     print("Nothing below was measured: all of it is projected, from FLOPs, bytes and data sheets.")
-    rows = layer_rows(moe, options.shape or run.config.preset, tokens, run.itemsize, options)
+    overrides = {} if options.shape else changed(run.config)
+    rows = layer_rows(moe, options.shape or run.config.preset, tokens, run.itemsize, options, overrides)
     rows += step_rows(run, options) + scaling_rows(run, options) + budget_rows(run, options)
     print_promises(options)
     if options.output:

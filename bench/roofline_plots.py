@@ -69,7 +69,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The roofline: FLOP/s over FLOPs per byte, an axes for each card.
 
     Open marks are projected bounds of launches that compute matrix products, on the roof of the data sheet. Filled ones
-    are rows of `moe-bench kernels` that were measured on that card.
+    are rows of `moe-bench kernels` that were measured on that card. Of several layers it is the last.
 
     Args:
         path: PNG file.
@@ -78,6 +78,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         InputError: there are no projected launches among them.
     """
     launches = [row for row in _projected(rows, "launch") if row["flops"]]
+    launches = [row for row in launches if row["settings"] == launches[-1]["settings"]]  # of one layer
     cards = list(dict.fromkeys(row["card"] for row in launches))
     names = list(dict.fromkeys(row["name"] for row in launches))
     first = launches[0]["settings"]
@@ -143,5 +144,6 @@ def draw_scaling(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_title(f"{GPUS[card].name}, projected", fontsize=10, color=plots.INK)
         plots.style(axes, "cards", "thousand tok/s a card")
-        axes.legend(frameon=False, fontsize=9, labelcolor=plots.INK, loc="lower left")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9, labelcolor=plots.INK, loc="lower left")
     plots.save(figure, path)

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,17 @@ def quantiles(seconds: np.ndarray, device: torch.device) -> dict[str, float]:
     return {"p20": p20, "p50": p50, "p80": p80, "band": band, "rounds": len(seconds)}
 
 
+def changed(config: Any, *names: str) -> dict[str, Any]:
+    """Settings of a run (`TrainConfig`) that are not what they are by default: overrides of the model, and of `names`.
+
+    Left out where they are the default, so that rows which did not tell them apart stay comparable.
+    """
+    defaults = {f.name: f.default for f in fields(config)}
+    found = {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
+    model = {name: value for name, value in asdict(config.model).items() if value is not None}
+    return found | ({"model": model} if model else {})
+
+
 def make_row(
     benchmark: str,
     name: str,
@@ -136,26 +149,25 @@ def make_row(
 
 
 def check_writable(**files: str | None) -> None:
-    """Whether results can be written, before anything is measured; folders are made.
+    """Find out before a measurement, and not after it, whether its results can be written; leaves no file behind.
 
     Args:
-        files: option → its file; None: none is wanted.
+        files: option → what was given for it.
     Raises:
         InputError: one of them cannot be written.
     """
-    for option, file in files.items():
-        if file is None:
+    for name, file in files.items():
+        if not file:
             continue
-        path = Path(file)
+        is_new = not os.path.lexists(file)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not path.exists()
-            with open(path, "a", encoding="utf-8"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a"):
                 pass
             if is_new:
-                path.unlink()
+                os.unlink(file)
         except OSError as error:
-            raise InputError(f"--{option} {file}: expected a file that can be written, got {error.strerror}") from None
+            raise InputError(f"--{name}: expected a file that can be written, got {file} ({error.strerror})") from None
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -177,16 +189,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, oldest first.
 
     Raises:
-        InputError: there is no such file, or it cannot be read, or a line is no row.
+        InputError: there is no such file, it cannot be read, or a line is no row.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected a JSONL file of results, found none")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a JSONL file of results, got {error}") from None
+        raise InputError(f"{path}: expected a JSONL file of results, got {type(error).__name__}") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             rows.append(json.loads(line))
             complete = all(key in rows[-1] for key in ("benchmark", "name", "settings", "device", "time"))

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_engine.bench import plots
 from moe_engine.bench.parts import PARTS
+from moe_engine.bench.ranks import SHARED_CORES
 from moe_engine.train.errors import InputError
 
 COLORS = dict(
@@ -53,6 +54,8 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             ranks, threads = row["settings"]["ranks"], "–" if row["threads"] is None else row["threads"]
             print(f"{ranks:<36}{row['tokens_per_second']:9.0f}{row['efficiency']:12.2f}{threads:>16}")
+        if first["threads"] is not None:
+            print(f"on a CPU {SHARED_CORES}")
 
 
 def label(row: dict[str, Any]) -> str:

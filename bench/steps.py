@@ -29,7 +29,7 @@ from moe_engine.train.config import TrainConfig
 from moe_engine.train.data import TokenDataset, TrainLoader
 from moe_engine.train.device import keep_freed_memory, memory_used
 from moe_engine.train.errors import InputError
-from moe_engine.train.loop import Trainer
+from moe_engine.train.loop import MAX_BAD_STEPS, Trainer
 from moe_engine.train.parallel import World
 from moe_engine.train.shards import read_meta
 
@@ -118,6 +118,10 @@ class Ours:
         self.trainer = _Trainer(config, world, device)
         if name == LOOP:
             use_loop(self.trainer.model)
+        if self.trainer.engine.scaler.is_enabled():  # fp16 leaves out steps until it has found its scale
+            for _ in range(MAX_BAD_STEPS):
+                if self.trainer.train_step().applied:
+                    break
 
     def __call__(self) -> None:
         step = self.trainer.train_step()
@@ -191,7 +195,9 @@ def _serve(pipe: Connection, order: _Order) -> None:
         while (message := pipe.recv()) is not None:
             pipe.send(contestant() if message == STEP else contestant.report(message))
         contestant.close()
-    except (WrongResult, InputError) as error:
+    except KeyboardInterrupt:  # which the parent has too, and reports
+        pass
+    except (WrongResult, InputError, RuntimeError) as error:  # the last one also where memory runs out
         pipe.send(error)
 
 
@@ -205,7 +211,7 @@ class Remote:
     """
 
     def __init__(self, name: str, config: TrainConfig, keep_memory: bool) -> None:
-        context = multiprocessing.get_context("spawn")
+        self.name, context = name, multiprocessing.get_context("spawn")
         self.pipe, far = context.Pipe()
         order = _Order(name, config, keep_memory, torch.get_num_threads())
         self.process = context.Process(target=_serve, args=(far, order), daemon=True)
@@ -213,8 +219,12 @@ class Remote:
         far.close()  # so that a process that died reads as the end of the pipe
 
     def _ask(self, message: str | int) -> Any:
-        self.pipe.send(message)
-        answer = self.pipe.recv()
+        try:
+            self.pipe.send(message)
+            answer = self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            self.process.join()
+            raise RuntimeError(f"{self.name}: its process ended with status {self.process.exitcode}") from None
         if isinstance(answer, Exception):
             raise answer
         return answer

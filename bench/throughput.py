@@ -1,7 +1,7 @@
 """Training steps of a preset: tokens per second, MFU, memory, what each part takes; peers, and the guide's targets.
 
     moe-bench throughput                      on a CPU `tiny`; on a GPU the configuration of the guide's row for it
-    moe-bench throughput --ranks 1 2          the same on 1 and on 2 processes, each sharded, with what that gains
+    moe-bench throughput --ranks 1 2          the same on 1 and on 2 processes, sharded over them, and what that gains
     moe-bench throughput --preset small --checkpointing block --data_dir DATA
 
 A round is one optimizer step of `moe-train`. Loss and gradients of a cut of the model are held against fp64 before
@@ -36,7 +36,7 @@ from moe_engine.bench.goals import merge, print_targets, status, target_rows
 from moe_engine.bench.parts import PARTS
 from moe_engine.bench.plan import Flags, Plan, make_plan, settings_of
 from moe_engine.bench.ranks import add_efficiency, check_counts, over_ranks
-from moe_engine.bench.runner import append_rows, interleave, make_row
+from moe_engine.bench.runner import append_rows, check_writable, interleave, make_row
 from moe_engine.bench.speeds import draw, print_rows
 from moe_engine.train import memory, parallel
 from moe_engine.train.cli import guarded, parse
@@ -68,14 +68,9 @@ def _run(plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], 
         reports = {name: contestant.report(plan.part_steps) for name, contestant in contestants.items()}
         for report in reports.values():
             report["memory"] = int(_over_ranks(report["memory"], plan.device, dist.ReduceOp.MAX))
-        peak, _ = peak_flops(
-            plan.device, plan.dtype
-        )  # by now all ranks are here: on a CPU they share what they measure
+        # By now all ranks are here: on a CPU they share what they measure.
+        peak, _ = peak_flops(plan.device, plan.dtype)
         return seconds, reports, None if peak is None else _over_ranks(peak, plan.device, dist.ReduceOp.SUM)
-    except RuntimeError as error:
-        if not memory.ran_out(error):
-            raise
-        raise InputError(f"out of memory ({str(error).splitlines()[0]}); lower --batch_size") from error
     finally:
         for contestant in contestants.values():
             contestant.close()
@@ -87,12 +82,18 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
 
     Raises:
         WrongResult: one of them computes something else.
+        InputError: there is too little memory.
     """
     model = plan.config.model_config(read_meta(plan.config.data_dir).vocab_size)
-    error = check_exact(model, plan.config, plan.device, plan.dtype)
-    if len(plan.names) > 1:
-        steps.check_peers(plan.names, model)
-    seconds, reports, peak = _run(plan)
+    try:
+        error = check_exact(model, plan.config, plan.device, plan.dtype)
+        if len(plan.names) > 1:
+            steps.check_peers(plan.names, model)
+        seconds, reports, peak = _run(plan)
+    except RuntimeError as failure:
+        if not memory.ran_out(failure):
+            raise
+        raise InputError(f"out of memory ({str(failure).splitlines()[0]}); lower --batch_size") from failure
     config = plan.config
     tokens = config.batch_size * config.block_size * config.grad_accum_steps * plan.world.size
     names = list(seconds)
@@ -134,6 +135,8 @@ def throughput(given: dict[str, Any]) -> int:
     """Measure as the options given say, print, write; returns the exit status."""
     given, world = dict(given), World.from_environment()
     extra = {name: given.pop(name, None) for name in ("ranks", "allow_unchecked", "output", "picture")}
+    if world.is_main:
+        check_writable(output=extra["output"], picture=extra["picture"])
     if extra["ranks"]:
         if world.size > 1:
             raise InputError("--ranks: expected no torchrun around it, which it starts itself")
@@ -141,6 +144,8 @@ def throughput(given: dict[str, Any]) -> int:
             raise InputError("--peers: expected no --ranks, whose processes they would disturb")
         on_gpu = pick_device(given.get("device", "auto")).type == "cuda"
         check_counts(extra["ranks"], on_gpu)
+        if on_gpu and len(set(extra["ranks"])) > 1 and not ("preset" in given or given.get("config")):
+            raise InputError("--ranks: expected --preset or --config with several numbers, which are to run the same")
         child = {**given, "peers": False, "allow_unchecked": True}
         every = over_ranks("moe_engine.bench.throughput", extra["ranks"], child, on_gpu)
         rows = [row for row in every if row["benchmark"] == "throughput"]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_engine import MoELayer, simulator
-from moe_engine.bench.runner import append_rows, make_row
+from moe_engine.bench.runner import append_rows, check_writable, make_row
 from moe_engine.bench.shapes import DTYPES, LayerShape
 from moe_engine.config import ACTIVATIONS, SAVE, MoEConfig
 from moe_engine.kernels.launch import INTERPRETED
@@ -241,6 +241,7 @@ def wrong_results(actual: dict[str, Tensor], inputs: dict[str, Tensor], config: 
 def traffic(config: TrafficConfig) -> int:
     """Run, compare, count, print; returns the exit status."""
     moe, shape = config.moe(), config.shape()
+    check_writable(output=config.output)
     if not INTERPRETED:
         return _in_the_interpreter(config)
     simulator.repair()

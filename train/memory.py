@@ -163,6 +163,8 @@ def estimate(run: Run) -> Estimate:
     with_kernels = run.on_gpu and run.model.backend != "torch"
     if with_kernels and importlib.util.find_spec("triton") is None:
         raise InputError("model.backend: the kernels' memory is estimated with triton installed, which it is not")
+    if run.config.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+        raise InputError("--optimizer adamw8bit: its memory is estimated with torchao installed, which it is not")
     if dist.is_initialized():
         raise RuntimeError("memory.estimate: expected no process group, it makes one of imagined ranks")
     model = replace(run.model, backend="triton" if with_kernels else "torch")

@@ -154,3 +154,6 @@ def test_both_files_are_needed(tmp_path, capsys):
     assert "b is required: JSONL file of results, after" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "a.jsonl"), "b"]) == 2
     assert "a.jsonl: expected a JSONL file of results, found none" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_bytes(b"\x89PNG")
+    assert main(["compare", str(tmp_path / "a.jsonl"), "b"]) == 2
+    assert "a.jsonl: expected a JSONL file of results, got UnicodeDecodeError" in capsys.readouterr().err

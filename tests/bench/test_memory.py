@@ -1,6 +1,7 @@
 """`moe-bench memory`: the guide's table as committed, and the command."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,15 @@ def test_one_run_and_the_largest_batch_that_fits(tmp_path, capsys):
 def test_bad_input_is_one_line(flags, message, capsys):
     assert memory.main(flags) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_without_torchao_the_rows_that_need_it_are_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    flags = ["--preset", "tiny", "--block_size", "16", "--optimizer", "adamw8bit"]
+    assert memory.main(flags) == 2
+    assert capsys.readouterr().err.startswith("error: --optimizer adamw8bit: its memory is estimated with torchao")
+    monkeypatch.setattr(memory, "GUIDE", memory.GUIDE[:2])
+    assert memory.main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.count("not estimated: ") == 2
+    assert shown.err == ("error: not all of the guide's rows could be estimated: 8b_1x40gb.toml, 8b_1x80gb.toml\n")

@@ -165,6 +165,21 @@ def test_runs_apart_have_their_own_tables_and_pictures(page):
     assert (out / "layer.png").exists() and (out / "layer_2.png").exists()
 
 
+def test_a_target_that_was_judged_stays_when_something_else_is_run(page):
+    judged = result("targets", "8b", {"ranks": 1}, day="2025-01-01", measured=1.0, target=2.0, verdict="FAIL")
+    text, _ = page([judged, result("targets", "8b", {}, measured=None, target=2.0, verdict="not checked: other")])
+    assert "| FAIL |" in text and "not checked: other" not in text
+
+
+def test_pictures_of_an_earlier_report_are_removed_and_no_others(page):
+    own = [r for r in rows() if r["benchmark"] == "layer"]
+    _, out = page([*own, *(r | {"device": "another card"} for r in own)])
+    (out / "mine.png").touch()
+    (out / "layer_7.png").touch()
+    assert main(["report", "--results", str(out.parent), "--out", str(out)]) == 0
+    assert {path.name for path in out.glob("*.png")} == {"layer.png", "layer_2.png", "mine.png"}
+
+
 def test_sections_without_rows_name_the_command(page):
     text, out = page([r for r in rows() if r["benchmark"] == "traffic"])
     for one in report.SECTIONS:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import MoEConfig, reference
-from moe_engine.bench import promises, roofline, roofline_plots
+from moe_engine.bench import projection, promises, roofline, roofline_plots
 from moe_engine.bench.__main__ import main
 from moe_engine.bench.gpus import GPUS
 from moe_engine.bench.scaling import Links, collective_seconds, meta_model, project, volume
@@ -381,3 +381,12 @@ def test_what_cannot_be_used_is_one_line_and_status_2(flags, message, capsys):
 def test_nothing_to_draw_is_said(tmp_path):
     with pytest.raises(roofline_plots.InputError, match="kind launch, got none"):
         roofline.draw(tmp_path / "x.png", [])
+
+
+def test_another_model_is_another_thing_in_the_rows():
+    def of(**given):
+        return projection.run_settings(projection.read_run({"preset": "tiny", **given}, None))
+
+    plain = of()
+    assert of(model={"num_layers": 2}) == plain | {"model": {"num_layers": 2}}
+    assert of(grad_clip=0.0) == plain | {"grad_clip": 0.0} and of(lr=1e-2) == plain

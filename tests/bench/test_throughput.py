@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_engine import Transformer, preset, torch_backend
+from moe_engine import Transformer, attention, preset, torch_backend
+from moe_engine.attention import attend
 from moe_engine.bench import checks, goals, plan, ranks, speeds, steps
 from moe_engine.bench import throughput as bench
 from moe_engine.bench.__main__ import main
@@ -89,6 +90,10 @@ def test_exit_status(measured, monkeypatch, capsys, verdicts, flags, expected):
         (["--target", "9b"], "--target: expected one of auto, 8b_1x40gb"),
         (["--peers", "--dtype", "bfloat16"], "--peers: expected one process on a CPU, float32"),
         (["--peers", "--model.tie_embeddings"], "1 on cpu, float32, tiny, another model"),
+        (["--peers", "--checkpointing", "block"], "1 on cpu, float32, tiny, checkpointing"),
+        (["--memory", "same", "--peers", "false"], "--memory: expected peers, which it is about, got same and none"),
+        (["--output", f"{__file__}/rows.jsonl"], "--output: expected a file that can be written, got "),
+        (["--picture", "."], "--picture: expected a file that can be written, got . (Is a directory)"),
         (["--model.backend", "triton"], "got Triton's interpreter, in which nothing is timed"),
         (["--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
     ],
@@ -128,6 +133,16 @@ def test_a_right_model_is_well_within_the_tolerance(dtype):
         preset("tiny", **SIZES), settings.resolve({"data_dir": "", "preset": "tiny"}), CPU, dtype
     )
     assert error < checks.GRADIENT_TOLERANCE[dtype] / 3
+
+
+def test_the_check_is_long_enough_for_windows_and_for_the_tiles_of_many_rows(monkeypatch):
+    assert [checks.checked_tokens(preset("8b"), timed) for timed in (16, 256, 1 << 14)] == [64, 256, 512]
+    many = preset("8b", num_experts=256, top_k=4)
+    assert checks.checked_tokens(many, 1 << 14) == checks.MOST_TOKENS
+    config, run = preset("tiny", **SIZES), settings.resolve({"data_dir": "", "preset": "tiny"})
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, sinks, window: attend(q, k, v, sinks, 0))
+    with pytest.raises(checks.WrongResult):
+        checks.check_exact(config, run, CPU, torch.float32)
 
 
 # Targets
@@ -178,6 +193,8 @@ def test_a_target_is_of_the_card_or_scaled_by_peak(card, gpu, ranks, row, speed,
     ("gpu", "ranks", "given", "preset_name", "verdict"),
     [
         (A100_80, 1, {"preset": "small"}, None, "not checked: another configuration was run, see --target"),
+        (A100_80, 1, {"model": {"num_layers": 2}}, "8b", "not checked: another configuration was run, see --target"),
+        (A100_80, 1, {"block_size": 128}, "8b", "not checked: another configuration was run, see --target"),
         (A100_80, 2, {}, "small", "not checked: needs 1 × A100 80 GB"),
         (("NVIDIA GeForce RTX 3090", 25.4e9), 1, {}, "small", "not checked: needs 1 × A100 80 GB"),
         (("Someone's card", 85e9), 1, {}, "small", "not checked: needs 1 × A100 80 GB"),
@@ -198,6 +215,9 @@ def test_a_target_by_name(card):
         plan._table({}, "8b_8x80gb", GPU, 1)
     with pytest.raises(InputError, match="expected no --config and no --preset"):
         plan._table({"preset": "8b"}, "8b_1x40gb", GPU, 1)
+    with pytest.raises(InputError, match=r"expected its own model and block_size, got --model\.num_layers"):
+        plan._table({"model": {"num_layers": 2}}, "8b_1x40gb", GPU, 1)
+    assert plan._table({"model": {"save": "x"}, "batch_size": 1}, "8b_1x40gb", GPU, 1)[1] == "8b_1x40gb"
     scaled = goals.target_rows(GPU, "8b_1x40gb", {"ranks": 1}, 1e3)[0]
     assert scaled["scaled"] and scaled["target"] == 1000  # another card of the same peak
 
@@ -323,7 +343,15 @@ def test_ranks(tmp_path, capsys):
     row, *targets = read_rows(output)
     assert row["settings"]["ranks"] == 2 and row["tokens"] == 32 and row["efficiency"] == 1 and len(targets) == 4
     assert row["parts"]["communication"] > 0 and row["parts"]["attention"] > 0
-    assert "efficiency" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "efficiency" in shown and "share the same cores" in shown
+
+
+def test_numbers_of_ranks_on_a_gpu_are_not_compared_in_different_configurations(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "pick_device", lambda _: GPU)
+    monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 8)
+    assert throughput("--ranks", "1", "8") == 2
+    assert "--ranks: expected --preset or --config with several numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
