@@ -23,6 +23,12 @@ def quick(monkeypatch):
     monkeypatch.setitem(kernel_run.CEILINGS, "cpu", (64, 1 << 16))
 
 
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch):
+    """pytest-benchmark times nothing in a process of pytest-xdist, nor where it takes this one for such a process."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def rows_of(tmp_path, *options):
     """Status and rows of the command."""
     output = tmp_path / "rows.jsonl"
