@@ -32,6 +32,9 @@ WARM_UP = 0.1  # seconds of calls before the first round: clocks rise, caches fi
 TIMED, INTERPRETED = "ok", "checked, not timed: Triton's interpreter"
 BAD = ("wrong", "failed")
 """What the status of a row begins with where the operation is at fault."""
+CPU_BAND = 0.25
+"""Least band of an operation on a CPU. Its time depends on where its memory lies, which is the same for all of a run:
+two runs in a row differed by up to a fifth where their rounds differed by 3 %."""
 PEER = "grouped_mm"
 """Not ours: where it is wrong, or is not for a device or a dtype, its row says so, and that is all."""
 SIZES = ("d_model", "d_ff", "experts", "top_k")
@@ -185,7 +188,7 @@ class KernelRun:
             self.warm_up(function)
             seconds = self.keep(unit, np.array([self.clock.timer(function) for _ in range(self.rounds)]))
             self.ceilings[unit] = amount / float(np.median(seconds))
-            rows.append(make_row("kernels", name, settings, self.device, seconds, **{unit: amount}, status=TIMED))
+            rows.append(self._row(name, settings, self.device, seconds, **{unit: amount}, status=TIMED))
         if visit == self.visits - 1:
             self.rows[:0] = rows
         self._visit = visit
@@ -210,6 +213,12 @@ class KernelRun:
             if time.perf_counter() >= end:
                 return
 
+    def _row(self, *arguments: Any, **values: Any) -> dict[str, Any]:
+        row = make_row("kernels", *arguments, **values)
+        if "band" in row and self.device.type == "cpu":
+            row["band"] = max(row["band"], CPU_BAND)
+        return row
+
     def add(self, case: Case, status: str, seconds: np.ndarray | None = None, active: int = 0) -> dict[str, Any]:
         """Append the row of a case; returns it.
 
@@ -227,7 +236,7 @@ class KernelRun:
             values["fraction"] = values["bound"] / float(np.median(seconds))
         name = f"{case.op}, {case.implementation}"
         device = "none, Triton's interpreter" if status == INTERPRETED else self.device
-        self.rows.append(make_row("kernels", name, case.problem.settings, device, seconds, **values, status=status))
+        self.rows.append(self._row(name, case.problem.settings, device, seconds, **values, status=status))
         return self.rows[-1]
 
     def free_bytes(self) -> int:

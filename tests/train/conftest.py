@@ -56,6 +56,7 @@ _SAVE = plots.save
 
 
 def _touch(_figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     return path
 
