@@ -38,7 +38,7 @@ def steps(quick: bool, training: tuple[str, ...]) -> list[Step]:
         Step("roofline", (), 30 * limit),
         Step("traffic", (), 40 * limit, picture=False),
         Step("compile", ("--arch", *archs), 60 * limit, picture=False),
-        Step("memory", (), 120 * limit, picture=False),
+        Step("memory", (), 120 * limit),
         Step("kernels", (*rounds, "--routing", "balanced"), 90 * limit),
         Step("layer", rounds, 90 * limit),
         Step("throughput", (*rounds, *training), 110 * limit),

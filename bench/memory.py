@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_engine.bench import plots
 from moe_engine.bench.runner import append_rows, changed, check_writable, make_row
 from moe_engine.bench.targets import CONFIGS, GUIDE
 from moe_engine.memory import KINDS
@@ -33,6 +34,7 @@ class Flags(TrainConfig):
     ranks: int = option(1, "devices")
     memory_gb: float | None = option(None, "memory of one device in GB: prints the largest batch_size that fits")
     output: str = option("", "JSONL file to add the result to")
+    picture: str = option("", "PNG file to draw the result into")
 
 
 def _run(config: TrainConfig, ranks: int) -> tuple[memory.Run, memory.Estimate]:
@@ -73,7 +75,30 @@ def _result(name: str, run: memory.Run, found: memory.Estimate, **values: Any) -
     )
 
 
-def guide_table(output: str) -> int:
+def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A bar a result, by kind of memory, with a mark at what it may take where that is said."""
+    colors = (plots.BLUE, plots.VIOLET, plots.GREEN, plots.ORANGE, plots.INK, plots.MUTED)
+    size = (9.0, 2.2 + 0.45 * len(rows))
+    note = "counted under fake tensors, without room for fragments; |: what is allowed"
+    figure, axes = plots.figure("Peak memory of a training step, one device", note, size=size)
+    parts = {kind: [row["bytes"][kind] / 1e9 for row in rows] for kind in KINDS}
+    plots.stacked(axes, parts, dict(zip(KINDS, colors, strict=True)), "GB (10⁹ bytes)")
+    axes.set_yticks(range(len(rows)), [row["name"].removesuffix(".toml") for row in rows])
+    axes.invert_yaxis()
+    for place, row in enumerate(rows):
+        if row.get("required"):
+            axes.plot([row["required"]], [place], marker="|", markersize=22, markeredgewidth=2, color=plots.RED)
+    plots.save(figure, path)
+
+
+def _keep(rows: list[dict[str, Any]], output: str, picture: str) -> None:
+    if output:
+        append_rows(Path(output), rows)
+    if picture and rows:
+        draw(Path(picture), rows)
+
+
+def guide_table(output: str = "", picture: str = "") -> int:
     """Estimate the guide's rows; 1 if one takes more than it may.
 
     Raises:
@@ -105,14 +130,13 @@ def guide_table(output: str) -> int:
         rows.append(
             _result(target.file, run, found, card=target.card.name, required=target.required_gb, verdict=verdict)
         )
-    if output:
-        append_rows(Path(output), rows)
+    _keep(rows, output, picture)
     if left_out:
         raise InputError(f"not all of the guide's rows could be estimated: {', '.join(left_out)}")
     return 1 if broken else 0
 
 
-def one_run(config: TrainConfig, ranks: int, memory_gb: float | None, output: str) -> int:
+def one_run(config: TrainConfig, ranks: int, memory_gb: float | None, output: str = "", picture: str = "") -> int:
     """Estimate one configuration; 1 if not even batch_size 1 fits the memory that was given."""
     run, found = _run(config, ranks)
     print(
@@ -128,23 +152,22 @@ def one_run(config: TrainConfig, ranks: int, memory_gb: float | None, output: st
         left = f" ({memory.gigabytes(libraries)} of it left to driver and libraries)" if libraries else ""
         answer = f"largest batch_size in {memory_gb:g} GB: {largest}" if largest else f"no batch fits {memory_gb:g} GB"
         print(answer + left)
-    if output:
-        append_rows(Path(output), [_result(config.preset, run, found, memory_gb=memory_gb, largest_batch=largest)])
+    _keep([_result(config.preset, run, found, memory_gb=memory_gb, largest_batch=largest)], output, picture)
     return 1 if largest == 0 else 0
 
 
 def _body(argv: Sequence[str] | None) -> int:
     given = parse("moe-bench memory", Flags, argv, __doc__ or "")
-    output = given.pop("output", "")
-    check_writable(output=output)
+    files = {name: given.pop(name, "") for name in ("output", "picture")}
+    check_writable(**files)
     if not given:
-        return guide_table(output)
+        return guide_table(**files)
     file, ranks, memory_gb = given.pop("config", None), given.pop("ranks", 1), given.pop("memory_gb", None)
     for name, value in (("ranks", ranks), ("memory_gb", memory_gb)):
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name}: expected more than 0, got {value}")
     config = settings.resolve(given, {"data_dir": "", **(settings.read_toml(file) if file else {})})
-    return one_run(config, ranks, memory_gb, output)
+    return one_run(config, ranks, memory_gb, **files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The look that the pictures of benchmarks share, and horizontal bars with their spread.
+"""The look that the pictures of benchmarks share, horizontal bars with their spread, and stacked ones.
 
 No pyplot: its global state is not ours to change. Colours and axes are those of a run's own pictures (train/plots.py).
 """
@@ -6,7 +6,7 @@ No pyplot: its global state is not ours to change. Colours and axes are those of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The colours are here for the pictures of other modules.
@@ -116,6 +116,25 @@ def bars(
     axes.set_ylim(len(names) - 0.4, -0.6)
     room = 1.3 if any(value > limit for value in p50) else 1.16
     axes.set_xlim(0, room * max((end for end in ends if end > 0), default=1))
+
+
+def stacked(axes: Any, parts: Mapping[str, Sequence[float]], colors: Mapping[str, str], xlabel: str) -> None:
+    """A horizontal bar a row, the first on top, cut into parts; a part that is nowhere is left out of the legend.
+
+    Args:
+        parts: part → its value in each row.
+        colors: of the parts.
+    """
+    style(axes, xlabel, grid="x")
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    left: list[float] = []
+    for part, widths in parts.items():
+        left = left or [0.0] * len(widths)
+        if any(widths):
+            axes.barh(range(len(widths)), widths, left=left, height=0.62, label=part, color=colors[part])
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4}
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place)
 
 
 def _short(value: float) -> str:

@@ -22,7 +22,7 @@ from moe_engine.train.options import option
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = "REPORT.md"
-PICTURE = re.compile(r"(layer|throughput|kernels|roofline|scaling)(_\d+)?\.png")
+PICTURE = re.compile(r"(layer|throughput|kernels|roofline|scaling|memory)(_\d+)?\.png")
 """What a report's pictures are called."""
 
 

@@ -15,6 +15,7 @@ def memory(page: Page, rows: Rows) -> None:
     )
     headings = ("", "batch × block", "ranks", *KINDS, "total", "with fragments", "allowed", "verdict")
     page.table(headings, map(_memory_line, rows), left=2)
+    page.picture("memory", rows, "Peak memory of a training step by kind")
 
 
 def _memory_line(row: Row) -> list[str]:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moe_engine.bench import plots
 from moe_engine.bench.parts import PARTS
 from moe_engine.bench.ranks import SHARED_CORES
@@ -89,13 +87,5 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _draw_parts(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """A stacked bar for each row that was split."""
-    plots.style(axes, "ms of a step, by part", grid="x")
-    axes.tick_params(axis="y", length=0, labelcolor=plots.INK)
-    left = np.zeros(len(rows))
-    for part, color in COLORS.items():
-        width = np.array([1e3 * (row["parts"] or {}).get(part, 0.0) for row in rows])
-        if width.any():
-            axes.barh(range(len(rows)), width, left=left, height=0.62, label=part, color=color)
-            left = left + width
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4}
-    axes.legend(frameon=False, fontsize=9, labelcolor=plots.INK, **place)
+    parts = {part: [1e3 * (row["parts"] or {}).get(part, 0.0) for row in rows] for part in COLORS}
+    plots.stacked(axes, parts, COLORS, "ms of a step, by part")

@@ -68,7 +68,10 @@ def test_one_run_and_the_largest_batch_that_fits(tmp_path, capsys):
         "--model.num_layers",
         "1",
     ]
-    assert memory.main([*flags, "--memory_gb", "0.1", "--output", str(output)]) == 0
+    picture = tmp_path / "memory.png"
+    files = ["--output", str(output), "--picture", str(picture)]
+    assert memory.main([*flags, "--memory_gb", "0.1", *files]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     (result,) = map(json.loads, output.read_text(encoding="utf-8").splitlines())
     out = capsys.readouterr().out
     assert f"largest batch_size in 0.1 GB: {result['largest_batch']}" in out and result["largest_batch"] >= 2

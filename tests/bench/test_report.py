@@ -146,7 +146,7 @@ def test_every_table(page):
     where = section(text, "Where and when")
     assert "| layer | a card | 3 | 2026-01-01 | 0123456789+ | torch 2.11.0 |" in where
     assert {path.name for path in out.iterdir()} == {report.PAGE, *re.findall(r"\]\((\w+\.png)\)", text)}
-    assert {"layer.png", "throughput.png", "kernels.png", "roofline.png", "scaling.png"} == {
+    assert {"layer.png", "throughput.png", "kernels.png", "memory.png", "roofline.png", "scaling.png"} == {
         path.name for path in out.glob("*.png")
     }
 
