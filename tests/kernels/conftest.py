@@ -27,6 +27,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiler_knows_torch() -> None:
+    """torch.compile looks PyTorch's functions up once, at its first use: under `bands` it would find what is below."""
+    torch.compile(lambda x: torch.empty_like(x).fill_(1) + x, backend="eager", fullgraph=True)(torch.ones(1))
+
+
 class Bands:
     """Buffers with guard bands around them."""
 
