@@ -362,7 +362,7 @@ def test_our_layer_keeps_what_the_design_says(style, save):
         (["--peers", "loop", "torch2"], "error: --peers: expected parts of these names: transformers Mixtral, eager; "),
         # Of the other style: it would be left out without a word.
         (["--peers", "sonic", "--style", "gpt-oss"], "error: --peers: expected parts of these names: transformers gpt"),
-        (["--output", "/dev/null/rows.jsonl"], "error: --output: expected a file that can be written, got /dev/null/rows.jsonl ("),
+        (["--output", "/dev/null/rows.jsonl"], "error: --output: expected a file that can be written, got /dev/null/"),
         (["--picture", "/"], "error: --picture: expected a file that can be written, got / (Is a directory)"),
         (["--tokens", "1000000000"], "error: --shape, --tokens: expected a layer that can be checked in fp64 with "),
     ],
