@@ -20,9 +20,10 @@ from moe_engine import MoEConfig, MoELayer
 from moe_engine.bench import kernel_libraries as libraries
 from moe_engine.bench import plain_moe
 from moe_engine.bench.plain_moe import ExpertLoop, GroupedMM, from_plain, halves, interleaved, load
+from moe_engine.bench.shapes import MIXTRAL_LAYER
 
 STYLES: dict[str, dict[str, Any]] = {
-    "mixtral": {"activation": "swiglu", "expert_bias": False, "router_bias": False},
+    "mixtral": MIXTRAL_LAYER,
     "gpt-oss": {"activation": "swiglu_oai", "expert_bias": True, "router_bias": True},
 }
 """Fields of `MoEConfig`."""

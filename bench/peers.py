@@ -7,15 +7,14 @@ from torch import Tensor
 
 from moe_engine import ModelConfig, Transformer
 from moe_engine.bench.layer_peers import mixtral_experts
+from moe_engine.bench.shapes import MIXTRAL_LAYER
 
 MIXTRAL_STYLE = {
     "attention_bias": False,
     "attention_sinks": False,
     "sliding_window": 0,
     "rope_factor": 1.0,
-    "activation": "swiglu",
-    "expert_bias": False,
-    "router_bias": False,
+    **MIXTRAL_LAYER,
 }
 
 

@@ -16,15 +16,15 @@ from moe_engine.testing import normal, routing_logits
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-MIXTRAL_STYLE = {"activation": "swiglu", "expert_bias": False, "router_bias": False}
+MIXTRAL_LAYER = {"activation": "swiglu", "expert_bias": False, "router_bias": False}
 """What a layer of Mixtral's manner is in ours: plain SwiGLU, no biases."""
 
 SHAPES: dict[str, MoEConfig] = {
     "8b": preset("8b").moe,
     "gpt-oss-20b": MoEConfig(2880, 2880, 32, 4),
-    "mixtral-8x7b": MoEConfig(4096, 14336, 8, 2, **MIXTRAL_STYLE),
-    "olmoe": MoEConfig(2048, 1024, 64, 8, gate="softmax_then_topk", **MIXTRAL_STYLE),
-    "qwen3-30b-a3b": MoEConfig(2048, 768, 128, 8, **MIXTRAL_STYLE),
+    "mixtral-8x7b": MoEConfig(4096, 14336, 8, 2, **MIXTRAL_LAYER),
+    "olmoe": MoEConfig(2048, 1024, 64, 8, gate="softmax_then_topk", **MIXTRAL_LAYER),
+    "qwen3-30b-a3b": MoEConfig(2048, 768, 128, 8, **MIXTRAL_LAYER),
     "cpu": MoEConfig(512, 1024, 8, 2),
 }
 """Layers of models that people train, from their published configurations; `cpu` is one that a CPU does in a second."""
