@@ -18,7 +18,7 @@ import torch
 
 from moe_engine.train import config as settings
 from moe_engine.train import memory, parallel
-from moe_engine.train.checkpoint import Checkpoints, write_atomically
+from moe_engine.train.checkpoint import write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import device_name, keep_freed_memory, pick_device, pick_dtype
@@ -55,8 +55,8 @@ def environment(device: torch.device, world: World) -> dict[str, Any]:
     }
 
 
-def open_run(config: TrainConfig, toml: str, world: World) -> Path | None:
-    """Make the run folder, or recognise the one that is there; returns the checkpoint to resume from.
+def open_run(config: TrainConfig, toml: str, world: World) -> bool:
+    """Recognise the run folder that is there, if there is one; returns whether it holds a run to go on with.
 
     Raises:
         InputError: the folder holds a run of another configuration, or files of something else.
@@ -76,7 +76,7 @@ def open_run(config: TrainConfig, toml: str, world: World) -> Path | None:
             )
     elif out_dir.exists() and any(out_dir.iterdir()) and not config.fresh:
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
-    return None if config.fresh else Checkpoints(out_dir, world).latest()
+    return written.exists() and not config.fresh
 
 
 def _remove_run(out_dir: Path) -> None:
@@ -94,13 +94,16 @@ def train(config: TrainConfig) -> int:
     device = pick_device(config.device, world.local_rank)
     model = config.model_config(read_meta(config.data_dir).vocab_size)
     toml = settings.to_toml(config, model)
-    checkpoint = open_run(config, toml, world)
+    goes_on = open_run(config, toml, world)
     try:
         trainer = Trainer(config, world, device)
+        checkpoint, notes = trainer.checkpoints.newest_sound() if goes_on else (None, [])
+        trainer.notes += notes
+        if checkpoint:
+            trainer.resume(checkpoint)
         with RunLog(Path(config.out_dir), is_main=world.is_main) as log:
-            if checkpoint:
-                trainer.resume(checkpoint)
-                log.truncate_after(trainer.iteration)
+            if goes_on:  # a run that was killed before its first checkpoint begins again, its evaluation at 0 too
+                log.truncate_after(trainer.iteration if checkpoint else -1)
             if world.is_main:
                 write_atomically(log.out_dir / CONFIG_FILE, toml)
                 write_atomically(log.out_dir / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n")

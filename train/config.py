@@ -100,6 +100,7 @@ class TrainConfig:
     # Checkpoints
     save_every: int = option(1000, "iterations between checkpoints; 0: only the last")
     keep_last_n: int = option(5, "checkpoints to keep, the best one not counted; 0 keeps all")
+    async_save: bool = option(True, "write checkpoints beside training, from a copy in the host's memory")
     # Evaluation and logging
     eval_interval: int = option(500, "iterations between evaluations; 0: none")
     eval_iters: int = option(100, "batches of the validation split in one evaluation")
@@ -333,9 +334,9 @@ def to_toml(config: TrainConfig, model: ModelConfig | None = None) -> str:
 
 # Fields that a run may change between one start and the next.
 _FREE = {
-    "data_dir", "out_dir", "fresh", "max_iters", "save_every", "keep_last_n", "eval_interval", "eval_iters",
-    "log_interval", "log_router_stats", "sample_every", "sample_tokens", "sample_prompt", "temperature", "top_k",
-    "device", "preset", "batch_size", "grad_accum_steps", "checkpointing", "checkpoint_every",
+    "data_dir", "out_dir", "fresh", "max_iters", "save_every", "keep_last_n", "async_save", "eval_interval",
+    "eval_iters", "log_interval", "log_router_stats", "sample_every", "sample_tokens", "sample_prompt", "temperature",
+    "top_k", "device", "preset", "batch_size", "grad_accum_steps", "checkpointing", "checkpoint_every",
     "optimizer_in_backward", "reshard_after_forward", "dp_replicate", "cpu_offload",
 }  # fmt: skip
 

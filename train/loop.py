@@ -7,12 +7,14 @@ balance the experts, coef is there what `auto` would be without them, so that it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from torch import Tensor
 from moe_engine.generate import generate
 from moe_engine.model import Transformer
 from moe_engine.train import memory, parallel
-from moe_engine.train.checkpoint import Checkpoints
+from moe_engine.train.checkpoint import Checkpoints, Published
 from moe_engine.train.config import TrainConfig, auto_aux_coef
-from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
+from moe_engine.train.data import Batch, TokenDataset, TrainLoader, ValLoader
 from moe_engine.train.device import DTYPES, memory_total, memory_used, peak_flops, pick_dtype
+from moe_engine.train.environment import git_commit, versions
 from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import RunLog
-from moe_engine.train.parallel import World, all_sum, any_rank
+from moe_engine.train.parallel import World, agree, all_sum, gathered
 from moe_engine.train.plots import draw_plots
 from moe_engine.train.signs import WarningSigns, format_train_line
 from moe_engine.train.step import Engine, Step, build_model
@@ -72,12 +75,19 @@ class Trainer:
         self.notes = [*self.train_data.notes, *val_data.notes, *self._memory_note()]
         self.model = self._build_model()
         self.engine = Engine(config, self.model, world, device, self.dtype)
-        self.checkpoints = Checkpoints(Path(config.out_dir), world, config.keep_last_n)
+        self.checkpoints = Checkpoints(Path(config.out_dir), world, config.keep_last_n, config.async_save)
 
         self.iteration = 0
         self.val_loss = self.best_val_loss = math.inf
+        self.undone = ["evaluate"] if config.eval_interval else []  # what is due at this iteration, in order
+        self._ready: list[Batch] = []  # of the next iteration
+        self._ready_from: dict[str, Any] = {}  # where in the data they begin
+        self._saved_at: int | None = None  # the iteration of the newest checkpoint, published or not yet
+        self._retry_at: int | None = None  # when to try again to write one
         self.bad_steps = 0
         self.stop_signal: int | None = None
+        self.stopping = False  # agreed by all ranks
+        self.problem = ""  # with the data of some rank
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
         self.signs = WarningSigns()
 
@@ -128,17 +138,63 @@ class Trainer:
 
     # One iteration
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[Batch]:
+        """Those of the next iteration, as they are read."""
+        if self._ready:
+            ready, self._ready = self._ready, []
+            yield from ready
+            return
         for _ in range(self.config.grad_accum_steps):
             batch = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
             yield batch
+
+    def _read_ahead(self) -> str | None:
+        """Have the next iteration's batches before any rank begins it; returns what went wrong with this rank's."""
+        self._ready_from = self.position
+        try:
+            self._ready = list(self._batches())
+        except InputError as error:
+            return str(error)
+        return None
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where in the data the next iteration begins."""
+        return self._ready_from if self._ready else self.loader.state_dict()
 
     def train_step(self) -> Step:
         """The next iteration."""
         step = self.engine.step(self._batches(), self.iteration)
         self.iteration += 1
         return step
+
+    # What the ranks agree on
+
+    def _poll(self, problem: str | None = None) -> bool:
+        """Whether all ranks are to stop, because one has had a signal or cannot read its data.
+
+        Every rank calls this before each iteration, batch of an evaluation and token of a sample. A checkpoint that all
+        have written by now is published.
+
+        Args:
+            problem: what this rank's data suffers from.
+        """
+        if self.stopping:
+            return True
+        number, failed, writing, pending = agree(
+            [self.stop_signal or 0, int(problem is not None), int(self.checkpoints.writing),
+             int(self.checkpoints.pending is not None)], self.world, self.device,
+        )  # fmt: skip
+        if pending and not writing:
+            self._settle(self.checkpoints.settle)
+        if failed:
+            texts = enumerate(gathered(problem, self.world))
+            where = (f"rank {rank}: " if self.world.size > 1 else "" for rank in range(self.world.size))
+            self.problem = "; ".join(f"{w}{text}" for w, (_, text) in zip(where, texts, strict=True) if text)
+        self.stop_signal = number or None
+        self.stopping = bool(number or failed)
+        return self.stopping
 
     # Beside the steps
 
@@ -149,12 +205,23 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - begin
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Validation loss in nats per token, over the same windows every time and whatever the number of ranks."""
+    def evaluate(self) -> float | None:
+        """Validation loss in nats per token, over the same windows every time and whatever the number of ranks.
+
+        None, and nothing has happened, when the run is to stop meanwhile.
+        """
         with self._timed("eval"):
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             counts: Tensor | int = 0
-            for inputs, targets in self.val_loader:
+            batches = iter(self.val_loader)
+            for _ in range(len(self.val_loader)):
+                problem = None
+                try:
+                    inputs, targets = next(batches)
+                except InputError as error:  # on this rank alone, perhaps: the others must hear of it
+                    problem = str(error)
+                if self._poll(problem):
+                    return None
                 out = self.model(inputs, targets)
                 sums += torch.stack((out.loss.double(), (targets >= 0).sum().double()))
                 counts = counts + out.stats.expert_counts
@@ -171,8 +238,11 @@ class Trainer:
                 self.peak = max(self.peak, peak_flops(self.device, self.dtype)[0])
         return self.val_loss
 
-    def sample(self) -> str:
-        """Text from the model as it is, into `samples/`; every rank computes, the first one writes."""
+    def sample(self) -> str | None:
+        """Text from the model as it is, into `samples/`; every rank computes, the first one writes.
+
+        None, and nothing has happened, when the run is to stop meanwhile.
+        """
         config, tokenizer = self.config, self.tokenizer
         with self._timed("sample"):
             ids = generate(
@@ -185,8 +255,10 @@ class Trainer:
                 seed=config.seed + self.iteration,
                 device=self.device,
                 dtype=self.dtype,
-                should_stop=lambda: any_rank(self.stop_signal is not None, self.world, self.device),
+                should_stop=self._poll,
             )
+        if self.stopping:
+            return None
         text = config.sample_prompt + tokenizer.decode(ids)
         if self.world.is_main:
             folder = self.log.out_dir / "samples"
@@ -197,12 +269,17 @@ class Trainer:
         return text
 
     def save(self) -> None:
-        """A checkpoint of this iteration; `best` names it when its validation loss is the lowest so far."""
-        is_best = self.val_loss < self.best_val_loss
+        """Begin a checkpoint of this iteration; `best` names it when its validation loss is the lowest so far.
+
+        One that cannot be written is reported; training goes on, and the next attempt comes soon.
+        """
+        self._settle(self.checkpoints.finish)
+        is_best, previous_best = self.val_loss < self.best_val_loss, self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.val_loss)
         state = {
             "iteration": self.iteration,
-            "loader": self.loader.state_dict(),
+            "loader": self.position,
+            "undone": [] if self.undone == ["save"] else self.undone,
             "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             "scaler": self.engine.scaler.state_dict(),
@@ -211,10 +288,50 @@ class Trainer:
             "tokenizer": self.train_data.meta.tokenizer,
             "vocab_size": self.train_data.meta.vocab_size,
             "arguments": dataclasses.asdict(self.config) | {"fresh": False},
+            "code": self.code,
         }
+        self._best_if_lost = previous_best
+        self._saved_at, self._retry_at = self.iteration, None
         with self._timed("save"):
-            path = self.checkpoints.save(self.model, self.engine.optimizer, state, self.device, is_best=is_best)
-        self.log.note(f"iter {self.iteration}/{self.config.max_iters} | checkpoint {path}")
+            try:
+                self.checkpoints.save(self.model, self.engine.optimizer, state, self.device, is_best=is_best)
+            except OSError as error:
+                self._save_failed(error)
+
+    @cached_property
+    def code(self) -> dict[str, Any]:
+        """Which code runs."""
+        return {"versions": versions("moe-engine"), "git": git_commit()}
+
+    def _settle(self, publish: Callable[[], Published | None]) -> None:
+        """Publish the checkpoint on its way, if there is one, and say so."""
+        with self._timed("save"):
+            try:
+                published = publish()
+            except OSError as error:
+                self._save_failed(error)
+                return
+        if published is None:
+            return
+        size, took = published.bytes, max(published.write_seconds, 1e-9)
+        self.log.note(
+            f"iter {self.iteration}/{self.config.max_iters} | checkpoint {published.path} "
+            f"({size / 1e9:.2f} GB in {took:.1f} s; training waited {published.stall_seconds:.2f} s)"
+        )
+        self.log.metrics(
+            "save", int(published.path.name[-8:]), bytes=size, write_seconds=took, stall_seconds=published.stall_seconds
+        )
+
+    def _save_failed(self, error: OSError) -> None:
+        """Training need not end for want of a checkpoint: it has what is to be written, and tries again soon."""
+        self._saved_at, self.best_val_loss = None, self._best_if_lost
+        self._save_error = error
+        self._retry_at = self.iteration + max(1, self.config.save_every // 10)
+        newest = self.checkpoints.latest()
+        self.log.warn(
+            f"iter {self.iteration}: {error.strerror or error}; {newest or 'no checkpoint'} is the newest; training "
+            f"goes on, and tries again at iteration {self._retry_at} or at its end"
+        )
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -239,7 +356,9 @@ class Trainer:
                 )
         self.loader.load_state_dict(known["loader"])
         state = self.checkpoints.load(path, self.model, self.engine.optimizer, self.device)
-        self.iteration = state["iteration"]
+        self.iteration = self._saved_at = state["iteration"]
+        intervals = {"evaluate": self.config.eval_interval, "sample": self.config.sample_every, "save": 1}
+        self.undone = [name for name in state["undone"] if intervals[name]]
         self.val_loss, self.best_val_loss = (
             math.inf if state[name] is None else state[name] for name in ("val_loss", "best_val_loss")
         )
@@ -307,7 +426,7 @@ class Trainer:
             f"(batch before window {state['window']} of epoch {state['epoch']})"
         )
         if self.bad_steps >= MAX_BAD_STEPS:
-            self.save()
+            self._save_for_good()
             raise InputError(
                 f"{self.bad_steps} iterations in a row without a finite gradient: stopped; the weights are {kept} "
                 f"(checkpoint {self.iteration}); lower --lr"
@@ -347,13 +466,12 @@ class Trainer:
 
     def _run(self) -> int:
         config = self.config
-        if self.iteration == 0 and config.eval_interval:
-            self.evaluate()
         if self.iteration >= config.max_iters:
             self.log.note(f"already at iteration {self.iteration} of {config.max_iters}: nothing to do")
+        self._do_due()
         self.seconds.clear()
         begin, logged = time.perf_counter(), self.iteration
-        while self.iteration < config.max_iters:
+        while self.iteration < config.max_iters and not self._poll(self._read_ahead()):
             step = self.train_step()
             self._check_numbers(step)
             if self._due(config.log_interval):
@@ -361,23 +479,38 @@ class Trainer:
                 self._log_step(step, self.iteration - logged, now - begin)
                 begin, logged = now, self.iteration
                 self.seconds.clear()
-            stopping = any_rank(self.stop_signal is not None, self.world, self.device)
-            if not stopping and self._due(config.eval_interval):
-                self.evaluate()
-            if not stopping and self._due(config.sample_every):
-                self.sample()
-            if stopping or self._due(config.save_every) or self.iteration == config.max_iters:
-                self.save()
-            if stopping or any_rank(self.stop_signal is not None, self.world, self.device):
-                return self._stopped()
+            saving = self._due(config.save_every) or self.iteration in (self._retry_at, config.max_iters)
+            due = (self._due(config.eval_interval), self._due(config.sample_every), saving)
+            self.undone = list(itertools.compress(("evaluate", "sample", "save"), due))
+            self._do_due()
+        self._save_for_good()
+        if self.stopping:
+            return self._stopped()
         self._draw()
         return 0
 
-    def _stopped(self) -> int:
-        if self.checkpoints.latest() is None or self.checkpoints.latest().name[-8:] != f"{self.iteration:08d}":
+    def _do_due(self) -> None:
+        """Evaluate, sample and save as is due at this iteration; what a stop keeps from it stays in `undone`."""
+        while self.undone and not self.stopping:
+            getattr(self, self.undone[0])()
+            if not self.stopping:
+                self.undone.pop(0)
+
+    def _save_for_good(self) -> None:
+        """Have a checkpoint of this iteration on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.iteration and self._saved_at != self.iteration:
             self.save()
-        number = self.stop_signal or signal.SIGTERM
-        self.log.note(
-            f"stopped by {signal.Signals(number).name} at iteration {self.iteration}; the same command resumes it"
-        )
-        return 128 + number
+        self._settle(self.checkpoints.finish)
+        if self.iteration and self._saved_at != self.iteration:
+            raise self._save_error
+
+    def _stopped(self) -> int:
+        kept = f"iteration {self.iteration}" if self.iteration else "the start, before the first iteration"
+        if self.problem:
+            raise InputError(f"{self.problem}; stopped at {kept}; once it is repaired, the same command goes on")
+        self.log.note(f"stopped by {signal.Signals(self.stop_signal).name} at {kept}; the same command resumes it")
+        return 128 + self.stop_signal

@@ -29,6 +29,7 @@ from moe_engine.train.errors import InputError
 WALL_CLOCK = frozenset(
     {"time", "tokens_per_second", "mfu", "data_wait", "memory", "eta"}
     | {"seconds", "data_wait_seconds", "eval_seconds", "save_seconds", "sample_seconds"}
+    | {"write_seconds", "stall_seconds"}
 )
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

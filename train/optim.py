@@ -116,7 +116,7 @@ def _adamw8bit_class() -> type[torch.optim.Optimizer]:
             groups, states = self.param_groups, self.state
             state = states[p]
             if p.dtype == torch.bfloat16:
-                draw = f"{self._seed} {self._numbers[p]} {int(state['step'])} {_part_number(p)}"
+                draw = f"{self._seed} {self._numbers[p]} {int(state['step'])} {part_number(p)}"
                 torch.manual_seed(zlib.crc32(draw.encode()))
             part, grad = _local(p.detach()).view(-1), _local(p.grad).view(-1)
             moments = {name: _local(state[name]) for name in ("exp_avg", "exp_avg_sq")}
@@ -156,7 +156,7 @@ def _local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _part_number(parameter: Tensor) -> int:
+def part_number(parameter: Tensor) -> int:
     """Which of a parameter's distinct parts this rank has; replicas of a part have its number in common."""
     number = 0
     if isinstance(parameter, DTensor):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import datetime
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from moe_engine.router import Router
 from moe_engine.train.errors import InputError
 
 TIMEOUT = datetime.timedelta(seconds=300)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -215,11 +218,42 @@ def all_sum(value: torch.Tensor, world: World) -> torch.Tensor:
     return value
 
 
+def agree(values: Sequence[int], world: World, device: torch.device) -> list[int]:
+    """The largest of each value over ranks; every rank must call it."""
+    if world.size == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int32, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def any_rank(flag: bool, world: World, device: torch.device) -> bool:
     """Whether a flag is set on any rank; every rank must call it."""
+    return bool(agree([int(flag)], world, device)[0])
+
+
+def gathered(value: T, world: World) -> list[T]:
+    """A small picklable value of every rank, by rank; every rank must call it."""
     if world.size == 1:
-        return flag
-    return bool(all_sum(torch.tensor(int(flag), dtype=torch.int32, device=device), world))
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], T], world: World) -> T:
+    """What the first rank makes of `make()`, a small picklable value, or raises; every rank must call it."""
+    result: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            result[0] = make()
+        except Exception as error:  # the others wait for an answer: they get this one
+            result[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(result, 0)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

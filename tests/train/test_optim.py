@@ -417,12 +417,12 @@ for name, values in json.loads(Path(sys.argv[1]).read_text()).items():
     config = resolve(values)
     whole = Trainer(config, world, torch.device("cpu"))
     steps = [whole.train_step() for _ in range(3)]
-    whole.save_to = whole.checkpoints.save(
-        whole.model, whole.engine.optimizer, {"iteration": 3, "loader": whole.loader.state_dict()}, whole.device
-    )
+    state = {"iteration": 3, "loader": whole.loader.state_dict()}
+    whole.checkpoints.save(whole.model, whole.engine.optimizer, state, whole.device)
+    saved = whole.checkpoints.finish().path
     steps += [whole.train_step() for _ in range(2)]
     part = Trainer(config, world, torch.device("cpu"))
-    state = part.checkpoints.load(whole.save_to, part.model, part.engine.optimizer, part.device)
+    state = part.checkpoints.load(saved, part.model, part.engine.optimizer, part.device)
     part.loader.load_state_dict(state["loader"])
     part.iteration = 3
     again = [part.train_step() for _ in range(2)]
