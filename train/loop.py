@@ -273,7 +273,7 @@ class Trainer:
 
         One that cannot be written is reported; training goes on, and the next attempt comes soon.
         """
-        self._settle(self.checkpoints.finish)
+        self.finish_save()
         is_best, previous_best = self.val_loss < self.best_val_loss, self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.val_loss)
         state = {
@@ -302,6 +302,10 @@ class Trainer:
     def code(self) -> dict[str, Any]:
         """Which code runs."""
         return {"versions": versions("moe-engine"), "git": git_commit()}
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint on its way, if there is one."""
+        self._settle(self.checkpoints.finish)
 
     def _settle(self, publish: Callable[[], Published | None]) -> None:
         """Publish the checkpoint on its way, if there is one, and say so."""
@@ -504,7 +508,7 @@ class Trainer:
         """
         if self.iteration and self._saved_at != self.iteration:
             self.save()
-        self._settle(self.checkpoints.finish)
+        self.finish_save()
         if self.iteration and self._saved_at != self.iteration:
             raise self._save_error
 

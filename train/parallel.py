@@ -89,6 +89,8 @@ def start(
     """Join the process group where there is to be one; True if the model will be sharded with FSDP2."""
     if not is_sharded(world.size, dtype, param_dtype, cpu_offload):
         return False
+    if dist.is_initialized():
+        return True
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = backend_for(device, cpu_offload)
