@@ -100,7 +100,7 @@ class TrainConfig:
     dp_replicate: int = option(1, "whole copies of the model, each sharded over its part of the processes (HSDP)")
     cpu_offload: bool = option(False, "keep weights, gradients and optimizer in the host's memory")
     seed: int = option(1337, "seed of initialisation and data order")
-    deterministic: bool = option(False, "only algorithms whose results are the same in every run; slower on a GPU")
+    deterministic: bool = option(False, "only algorithms whose results are the same in every run; may be slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     # Checkpoints
     save_every: int = option(1000, "iterations between checkpoints; 0: only the last")

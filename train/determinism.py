@@ -58,4 +58,4 @@ def mode(on: bool) -> Iterator[None]:
 def note() -> str:
     """What is in force, for the log."""
     given = ", ".join(f"{name}={os.environ[name]}" for name in DEFAULTS)
-    return f"deterministic algorithms only ({given}); a GPU is slower with them"
+    return f"deterministic algorithms only ({given})"
