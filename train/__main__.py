@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moe_engine.train import config as settings
-from moe_engine.train import memory, parallel
+from moe_engine.train import determinism, memory, parallel
 from moe_engine.train.checkpoint import write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
@@ -91,6 +91,11 @@ def _remove_run(out_dir: Path) -> None:
 
 def train(config: TrainConfig) -> int:
     """One process of a run, from an empty or existing run folder to the end; returns the exit status."""
+    with determinism.mode(config.deterministic):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> int:
     keep_freed_memory()
     world = World.from_environment()
     device = pick_device(config.device, world.local_rank)
@@ -127,7 +132,8 @@ def verify(config: TrainConfig) -> int:
     keep_freed_memory()
     world = World.from_environment()
     try:
-        return verify_resume(config, world, pick_device(config.device, world.local_rank))
+        with determinism.mode(config.deterministic):
+            return verify_resume(config, world, pick_device(config.device, world.local_rank))
     finally:
         parallel.stop()
 
@@ -140,6 +146,8 @@ def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:
         f"{trainer.world.size} × {device_name(trainer.device)}; {trainer.tokens_per_iteration} tokens per iteration, "
         f"router_aux_coef {trainer.engine.aux_coef:g}"
     )
+    if config.deterministic:
+        log.note(determinism.note())
     if checkpoint:
         log.note(f"resuming from {checkpoint} at iteration {trainer.iteration}")
     usual = settings.preset(config.preset).vocab_size
