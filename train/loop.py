@@ -84,7 +84,8 @@ class Trainer:
         self._retry_at: int | None = None  # when to try again to write one
         self.counters: dict[str, Any] = {"skipped": 0, "skipped_in_a_row": 0}  # a part of the checkpoint
         self.stop_signal: int | None = None
-        self.stopping = False  # agreed by all ranks
+        self.stopping = False  # agreed by all ranks, as is what follows
+        self.stopped_by = 0  # the signal, if it was one
         self.problem = ""  # with the data of some rank
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
         self.signs = WarningSigns()
@@ -190,7 +191,7 @@ class Trainer:
             texts = enumerate(gathered(problem, self.world))
             where = (f"rank {rank}: " if self.world.size > 1 else "" for rank in range(self.world.size))
             self.problem = "; ".join(f"{w}{text}" for w, (_, text) in zip(where, texts, strict=True) if text)
-        self.stop_signal = number or None
+        self.stopped_by = number  # a signal that has come since is left for the next time
         self.stopping = bool(number or failed)
         return self.stopping
 
@@ -527,5 +528,5 @@ class Trainer:
         kept = f"iteration {self.iteration}" if self.iteration else "the start, before the first iteration"
         if self.problem:
             raise InputError(f"{self.problem}; stopped at {kept}; once it is repaired, the same command goes on")
-        self.log.note(f"stopped by {signal.Signals(self.stop_signal).name} at {kept}; the same command resumes it")
-        return 128 + self.stop_signal
+        self.log.note(f"stopped by {signal.Signals(self.stopped_by).name} at {kept}; the same command resumes it")
+        return 128 + self.stopped_by
