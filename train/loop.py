@@ -124,12 +124,12 @@ class Trainer:
     def tokens_per_iteration(self) -> int:
         """Over all ranks."""
         c = self.config
-        return c.batch_size * c.block_size * c.grad_accum_steps * self.world.size
+        return c.batch_size * c.block_size * self.engine.grad_accum_steps * self.world.size
 
     # One iteration
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self.config.grad_accum_steps):
+        for _ in range(self.engine.grad_accum_steps):
             batch = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
             yield batch
@@ -224,6 +224,7 @@ class Trainer:
                 number of processes.
         """
         known = self.checkpoints.read_state(path)
+        self._keep_global_batch(known)
         if known["tokens_per_iteration"] != self.tokens_per_iteration:
             raise InputError(
                 f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
@@ -245,6 +246,16 @@ class Trainer:
         )
         if state["scaler"]:
             self.engine.scaler.load_state_dict(state["scaler"])
+
+    def _keep_global_batch(self, known: dict[str, Any]) -> None:
+        """Other processes than the run had before: other micro-steps, so that the tokens of an iteration stay."""
+        configured, steps = self.config.grad_accum_steps, parallel.accumulation_for(self.config, known, self.world.size)
+        self.engine.grad_accum_steps = steps
+        if steps != configured:
+            self.notes.append(
+                f"processes: {self.world.size}, and the run has {known['tokens_per_iteration']} tokens per iteration: "
+                f"{steps} micro-steps in place of --grad_accum_steps {configured}"
+            )
 
     # Logging
 
