@@ -253,8 +253,8 @@ class Trainer:
         self.engine.grad_accum_steps = steps
         if steps != configured:
             self.notes.append(
-                f"processes: {self.world.size}, and the run has {known['tokens_per_iteration']} tokens per iteration: "
-                f"{steps} micro-steps in place of --grad_accum_steps {configured}"
+                f"{self.world.size} process(es): --grad_accum_steps {steps} in place of {configured}, so that an "
+                f"iteration stays at {known['tokens_per_iteration']} tokens"
             )
 
     # Logging

@@ -52,7 +52,7 @@ if sys.argv[1:3] == ["show", "hostnames"]:
 else:
     print(*sys.argv[1:], file=open(os.environ["FAKES"] + "/requeued", "a"))
 """
-# A process that needs a second SIGTERM, as one does that is still starting, and ends with `status`.
+# A node with one process, which takes so many SIGTERMs before it ends, as one does that is still starting at the first.
 QUICK_TORCHRUN = """
 import json, os, signal, subprocess, sys
 folder, rank = os.environ["FAKES"], os.environ["SLURM_PROCID"]
@@ -197,6 +197,15 @@ def test_a_stop_reaches_the_processes_and_not_torchrun(cluster, tmp_path, status
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == left, cluster.log()
     assert cluster.requeued() == (f"requeue {cluster.job}\n" if requeued else "")
+
+
+@pytest.mark.slow
+def test_a_process_that_was_still_starting_is_told_again(cluster, tmp_path):
+    job = cluster(QUICK_TORCHRUN, SIGNALS=2, STATUS=143)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"ready{rank}", job)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(90) == 1 and cluster.requeued(), cluster.log()
 
 
 def test_an_error_is_not_tried_again(cluster):
