@@ -33,7 +33,7 @@ ITERATIONS, SAVED, HELD = 12, 4, 6
 # Every expert for every token: no choice that a rounding could turn.
 EVERY_EXPERT = {"top_k": 4}
 # A node that is gone is missed after 8 s in place of 15. A busy machine's heartbeats are up to some seconds late.
-QUICK = "keep_alive_interval=1,keep_alive_max_attempt=8,last_call_timeout=2,join_timeout=100"
+QUICK = "keep_alive_interval=1,keep_alive_max_attempt=8,last_call_timeout=2,join_timeout=300"
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # Each meeting of the nodes has a store of its own. Else a torchrun that starts anew waits for an address that the
@@ -48,7 +48,7 @@ from moe_engine.train import loop, parallel
 from moe_engine.train.__main__ import main
 
 held, at, *flags = sys.argv[1:]
-parallel.TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("COLLECTIVES", 100)))
+parallel.TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("COLLECTIVES", 200)))
 make_mesh = parallel.make_mesh
 
 def mesh(*arguments):
@@ -66,7 +66,7 @@ def step(self):
     if mine and self.iteration == int(at) and not Path(held).exists():
         Path(held + ".tmp").write_text(str(os.getpid()))
         os.replace(held + ".tmp", held)
-        give_up = time.monotonic() + 100
+        give_up = time.monotonic() + 200
         while self.stop_signal is None and not Path(held + ".go").exists() and time.monotonic() < give_up:
             threading.Event().wait(0.02)
     return train_step(self)
@@ -133,7 +133,7 @@ class Node:
     def tail(self):
         return f"{self.log.name}: {self.text()[-3000:]}"
 
-    def status(self, seconds=90):
+    def status(self, seconds=200):
         """Its exit status, once it has ended by itself."""
         try:
             return self.process.wait(seconds)
@@ -190,7 +190,7 @@ def two(start):
         second = options | {k.removeprefix("b_"): v for k, v in options.items() if k.startswith("b_")}
         first, second = ({k: v for k, v in o.items() if not k.startswith("b_")} for o in (options, second))
         a = start(f"{name} a", flags, port=port, **first)
-        wait_for(lambda: listens(port), 60, a.tail)
+        wait_for(lambda: listens(port), 200, a.tail)
         return a, start(f"{name} b", flags, port=port, **second), port
 
     return nodes
@@ -279,6 +279,7 @@ def test_half_the_processes_go_on_with_twice_the_micro_steps(of_two, small_run, 
     whole = small_run(out_dir=tmp_path / "whole", router_aux_coef="0", batch_size=8)
     assert command.train(whole) == 0
     assert curve(of_two) == pytest.approx(curve(whole), abs=1e-5)
+    assert curve(of_two, "grad_norm") == pytest.approx(curve(whole, "grad_norm"), abs=1e-4)
     assert curve(of_two, "tokens") == curve(whole, "tokens")
     note = "--grad_accum_steps 2 in place of 1"
     assert capsys.readouterr().out.count(note) == 1
@@ -326,7 +327,7 @@ def test_a_lost_node_is_waited_for_and_both_go_on(whole, make, two, start, folde
     config, flags = make("lost")
     held = folder / "lost.held"
     a, b, port = two("lost", flags, restarts=1, b_held=held)
-    wait_for(held.exists, 60, b.tail)
+    wait_for(held.exists, 200, b.tail)
     b.kill()
     b = start("lost b", flags, port=port, restarts=1, held=held)
     assert [a.status(), b.status()] == [0, 0], a.tail()
@@ -339,10 +340,10 @@ def test_without_a_restart_the_other_node_leaves(whole, make, two, folder):
     config, flags = make("leaves")
     held = folder / "leaves.held"
     a, b, _ = two("leaves", flags, b_held=held)
-    wait_for(held.exists, 60, b.tail)
+    wait_for(held.exists, 200, b.tail)
     b.kill()
     begin = time.monotonic()
-    assert a.status(30) == 1
+    assert a.status(60) == 1
     print(f"left after {time.monotonic() - begin:.1f} s")
     assert state_of(config, SAVED)["iteration"] == SAVED and not newest(config).exists()
     for node in two("leaves again", flags)[:2]:
@@ -356,10 +357,10 @@ def test_without_the_place_to_meet_the_other_node_leaves(make, two, folder):
     config, flags = make("place")
     held = folder / "place.held"
     a, b, _ = two("place", flags, restarts=1, b_held=held)
-    wait_for(held.exists, 60, b.tail)
+    wait_for(held.exists, 200, b.tail)
     Path(f"{held}.go").touch()
     a.kill()
-    assert b.status(100) == 1
+    assert b.status() == 1
     assert not newest(config).exists()
 
 
@@ -369,7 +370,7 @@ def test_a_killed_process_is_started_again(whole, make, start, folder):
     config, flags = make("restart")
     held = folder / "restart.held"
     node = start("restart", flags, ranks=2, restarts=2, held=held)
-    wait_for(held.exists, 60, node.tail)
+    wait_for(held.exists, 200, node.tail)
     os.kill(int(held.read_text()), signal.SIGKILL)
     assert node.status() == 0, node.tail()
     assert_bitwise(config, whole)
@@ -381,7 +382,7 @@ def test_the_rest_goes_on_without_a_node_that_is_lost_for_good(make, two, folder
     config, flags = make("elastic", router_aux_coef="0")
     held = folder / "elastic.held"
     a, b, _ = two("elastic", flags, nodes="1:2", restarts=1, conf=",last_call_timeout=25", b_held=held)
-    wait_for(held.exists, 60, b.tail)
+    wait_for(held.exists, 200, b.tail)
     b.kill()
     begin = time.monotonic()
     assert a.status() == 0, a.tail()
@@ -405,7 +406,7 @@ def test_a_node_that_comes_back_is_taken_in(make, two, start, folder):
         "conf": ",keep_alive_max_attempt=60",
     }  # alone by mistake: never
     a = start("grows a", flags, held=held, **elastic)
-    wait_for(held.exists, 60, a.tail)
+    wait_for(held.exists, 200, a.tail)
     assert state_of(config, SAVED)["ranks"] == 1
     b = start("grows b", flags, **elastic)
     assert [a.status(), b.status()] == [0, 0], a.tail()
@@ -423,7 +424,7 @@ def test_each_node_has_a_whole_copy(make, start):
     port = free_port()
     nodes = [start(f"copies {i}", flags, port=port, ranks=2, node_rank=i) for i in (0, 1)]
     for node in nodes:
-        assert node.status(150) == 0, node.tail()
+        assert node.status() == 0, node.tail()
     lines = [line.split(" ", 1)[1] for node in nodes for line in node.text().splitlines() if line.startswith("mesh ")]
     found = [json.loads(line) for line in lines]
     node_of = {int(rank): node for rank, node, _ in found}
@@ -511,7 +512,7 @@ def test_a_pulled_cable_ends_the_processes_in_time(apart, make, folder):
     config, flags = make("pulled")
     held, limit = folder / "pulled.held", 20
     (a, b), set_cable = apart[0]("pulled", flags, held=held, COLLECTIVES=str(limit)), apart[1]
-    wait_for(held.exists, 60, b.tail)
+    wait_for(held.exists, 200, b.tail)
     begin = time.monotonic()
     set_cable("down")
     Path(f"{held}.go").touch()

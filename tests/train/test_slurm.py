@@ -90,7 +90,7 @@ held = os.environ["FAKES"] + "/held"
 def step(self):
     if self.iteration == {at} and not os.path.exists(held):
         open(held, "w").close()
-        give_up = time.monotonic() + 100
+        give_up = time.monotonic() + 200
         while self.stop_signal is None and time.monotonic() < give_up:
             threading.Event().wait(0.02)
     return train_step(self)
@@ -100,7 +100,7 @@ sys.exit(main())
 """
 
 
-def wait_for(path, process, seconds=90):
+def wait_for(path, process, seconds=200):
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, f"no {path.name}"
@@ -234,12 +234,12 @@ def test_a_job_is_stopped_queued_again_and_finishes(cluster, small_run, tmp_path
     job = cluster(TORCHRUN, *flags)
     wait_for(tmp_path / "held", job)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(90) == 1, cluster.log()[-3000:]
+    assert job.wait(200) == 1, cluster.log()[-3000:]
     assert cluster.requeued() == f"requeue {cluster.job}\n"
     folder = Path(config.out_dir)
     assert [path.name for path in folder.glob("ckpt/step_*")] == [f"step_{HELD + 1:08}"]
     assert "stopped by SIGTERM at iteration 7" in cluster.log()
-    assert cluster(TORCHRUN, *flags).wait(90) == 0, cluster.log()[-3000:]
+    assert cluster(TORCHRUN, *flags).wait(200) == 0, cluster.log()[-3000:]
     assert cluster.requeued().count("\n") == 1 and f"start 2 of job {cluster.job}" in cluster.log()
     rows = [r["iter"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
     assert rows == list(range(1, ITERATIONS + 1))
