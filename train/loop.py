@@ -133,7 +133,7 @@ class Trainer:
     def tokens_per_iteration(self) -> int:
         """Over all ranks."""
         c = self.config
-        return c.batch_size * c.block_size * c.grad_accum_steps * self.world.size
+        return c.batch_size * c.block_size * self.engine.grad_accum_steps * self.world.size
 
     # One iteration
 
@@ -143,7 +143,7 @@ class Trainer:
             ready, self._ready = self._ready, []
             yield from ready
             return
-        for _ in range(self.config.grad_accum_steps):
+        for _ in range(self.engine.grad_accum_steps):
             batch = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
             yield batch
@@ -345,6 +345,7 @@ class Trainer:
                 number of processes.
         """
         known = self.checkpoints.read_state(path)
+        self._keep_global_batch(known)
         if known["tokens_per_iteration"] != self.tokens_per_iteration:
             raise InputError(
                 f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
@@ -371,6 +372,16 @@ class Trainer:
         counters = state.get("counters", {})  # an older checkpoint has none
         self.counters |= {name: counters[name] for name in self.counters if name in counters}
         self.engine.guard.load_state_dict(counters.get("spike_history", {}))
+
+    def _keep_global_batch(self, known: dict[str, Any]) -> None:
+        """Other processes than the run had before: other micro-steps, so that the tokens of an iteration stay."""
+        configured, steps = self.config.grad_accum_steps, parallel.accumulation_for(self.config, known, self.world.size)
+        self.engine.grad_accum_steps = steps
+        if steps != configured:
+            self.notes.append(
+                f"{self.world.size} process(es): --grad_accum_steps {steps} in place of {configured}, so that an "
+                f"iteration stays at {known['tokens_per_iteration']} tokens"
+            )
 
     # Logging
 

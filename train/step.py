@@ -94,6 +94,7 @@ class Engine:
     ) -> None:
         self.config, self.model, self.world = config, model, world
         self.model_config = model.config
+        self.grad_accum_steps = config.grad_accum_steps  # another number when a run goes on with other ranks
         self.aux_coef = config.aux_coef(model.config.num_experts, model.config.router_balance)
         self.expert_counts: Tensor | int = 0  # (layers, E), over all ranks and the micro-steps of the present step
         self.optimizer = make_optimizer(model, config)
@@ -125,14 +126,14 @@ class Engine:
         self.expert_counts = 0
         set_learning_rate(self.optimizer, config.learning_rate(iteration))
         for micro_step, (inputs, targets) in enumerate(batches):
-            jitter = self._jitter(iteration * config.grad_accum_steps + micro_step)
+            jitter = self._jitter(iteration * self.grad_accum_steps + micro_step)
             mean, balance, z = self._losses(self.model(inputs, targets, z_coef=config.logit_z_coef, jitter=jitter))
             total = mean + self.aux_coef * balance.sum()
             if config.router_z_coef:
                 total = total + config.router_z_coef * z.sum()
             if self.in_backward:  # it steps before backward is over, and must know by then
                 self.in_backward.loss = self._global(mean)
-            self.scaler.scale(total / config.grad_accum_steps).backward()
+            self.scaler.scale(total / self.grad_accum_steps).backward()
             parts.append((mean.detach(), balance.detach(), z.detach()))
         losses, *router = (torch.stack(values) for values in zip(*parts, strict=True))
         loss, balance, z = losses.mean(0), *(values.mean(0) for values in router)
