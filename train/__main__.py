@@ -24,6 +24,7 @@ from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import device_name, keep_freed_memory, pick_device, pick_dtype
 from moe_engine.train.environment import git_commit, versions
 from moe_engine.train.errors import InputError
+from moe_engine.train.liveness import Liveness
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.options import option
@@ -74,14 +75,14 @@ def open_run(config: TrainConfig, toml: str, world: World) -> Path | None:
                 f"--out_dir {out_dir}: holds a run of another configuration ({'; '.join(changed)}); "
                 "choose another folder, or --fresh to start over"
             )
-    elif out_dir.exists() and any(out_dir.iterdir()) and not config.fresh:
+    elif out_dir.exists() and any(p.name != "stacks" for p in out_dir.iterdir()) and not config.fresh:
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
     return None if config.fresh else Checkpoints(out_dir, world).latest()
 
 
 def _remove_run(out_dir: Path) -> None:
     """Delete what a run writes, and nothing else."""
-    for name in ("ckpt", "samples", "plots", "tensorboard"):
+    for name in ("ckpt", "samples", "plots", "tensorboard", "stacks"):
         shutil.rmtree(out_dir / name, ignore_errors=True)
     for name in ("logs.txt", "metrics.jsonl", CONFIG_FILE, ENV_FILE):
         (out_dir / name).unlink(missing_ok=True)
@@ -95,16 +96,13 @@ def train(config: TrainConfig) -> int:
     model = config.model_config(read_meta(config.data_dir).vocab_size)
     toml = settings.to_toml(config, model)
     checkpoint = open_run(config, toml, world)
+    store, keeper = parallel.open_store(world, config.timeout)
+    liveness = Liveness(world, Path(config.out_dir), config.timeout, store, keeper=keeper)
     try:
-        trainer = Trainer(config, world, device)
-        with RunLog(Path(config.out_dir), is_main=world.is_main) as log:
-            if checkpoint:
-                trainer.resume(checkpoint)
-                log.truncate_after(trainer.iteration)
-            if world.is_main:
-                write_atomically(log.out_dir / CONFIG_FILE, toml)
-                write_atomically(log.out_dir / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n")
-            return _run(trainer, log, checkpoint)
+        with liveness:
+            trainer = Trainer(config, world, device)
+            trainer.liveness = liveness
+            return _start(trainer, toml, checkpoint)
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise
@@ -114,7 +112,21 @@ def train(config: TrainConfig) -> int:
             "the last whole checkpoint stays"
         ) from error
     finally:
-        parallel.stop()
+        if liveness.lost is None:  # else the process group is broken, and leaving it may hang
+            parallel.stop()
+        liveness.close()
+
+
+def _start(trainer: Trainer, toml: str, checkpoint: Path | None) -> int:
+    with RunLog(Path(trainer.config.out_dir), is_main=trainer.world.is_main) as log:
+        if checkpoint:
+            trainer.resume(checkpoint)
+            log.truncate_after(trainer.iteration)
+        if trainer.world.is_main:
+            write_atomically(log.out_dir / CONFIG_FILE, toml)
+            env = json.dumps(environment(trainer.device, trainer.world), indent=2)
+            write_atomically(log.out_dir / ENV_FILE, env + "\n")
+        return _run(trainer, log, checkpoint)
 
 
 def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:

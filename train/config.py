@@ -97,6 +97,7 @@ class TrainConfig:
     cpu_offload: bool = option(False, "keep weights, gradients and optimizer in the host's memory")
     seed: int = option(1337, "seed of initialisation and data order")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    timeout: float = option(300.0, "seconds without progress that end a run; at least 1800 for the first iteration")
     # Checkpoints
     save_every: int = option(1000, "iterations between checkpoints; 0: only the last")
     keep_last_n: int = option(5, "checkpoints to keep, the best one not counted; 0 keeps all")
@@ -114,7 +115,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "block_size", "max_iters", "grad_accum_steps", "lr_decay_iters", "log_interval",
-                        "eval_iters", "sample_tokens", "checkpoint_every", "dp_replicate")  # fmt: skip
+                        "eval_iters", "sample_tokens", "checkpoint_every", "dp_replicate", "timeout")  # fmt: skip
         not_negative = ("warmup_iters", "save_every", "keep_last_n", "eval_interval", "sample_every", "top_k", "seed",
                         "lr", "min_lr", "weight_decay", "grad_clip", "router_bias_rate", "router_z_coef",
                         "logit_z_coef", "temperature")  # fmt: skip
@@ -336,7 +337,7 @@ _FREE = {
     "data_dir", "out_dir", "fresh", "max_iters", "save_every", "keep_last_n", "eval_interval", "eval_iters",
     "log_interval", "log_router_stats", "sample_every", "sample_tokens", "sample_prompt", "temperature", "top_k",
     "device", "preset", "batch_size", "grad_accum_steps", "checkpointing", "checkpoint_every",
-    "optimizer_in_backward", "reshard_after_forward", "dp_replicate", "cpu_offload",
+    "optimizer_in_backward", "reshard_after_forward", "dp_replicate", "cpu_offload", "timeout",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from moe_engine.train.config import TrainConfig, auto_aux_coef
 from moe_engine.train.data import TokenDataset, TrainLoader, ValLoader
 from moe_engine.train.device import DTYPES, memory_total, memory_used, peak_flops, pick_dtype
 from moe_engine.train.errors import InputError
+from moe_engine.train.liveness import FIRST, Liveness
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.parallel import World, all_sum, any_rank
 from moe_engine.train.plots import draw_plots
@@ -80,6 +81,7 @@ class Trainer:
         self.stop_signal: int | None = None
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
         self.signs = WarningSigns()
+        self.liveness: Liveness | None = None  # who watches that this process moves
 
     # Building
 
@@ -110,7 +112,8 @@ class Trainer:
     def _build_model(self) -> Transformer:
         """Build on meta, shard, give storage once, initialise once, check."""
         config, param_dtype = self.config, self.param_dtype
-        sharded = parallel.start(self.world, self.device, self.dtype, config.cpu_offload, param_dtype)
+        limit = 2 * max(config.timeout, FIRST)  # liveness comes first, and can say who hangs
+        sharded = parallel.start(self.world, self.device, self.dtype, config.cpu_offload, param_dtype, limit)
         model = build_model(config, self.model_config, self.world, self.device, self.dtype, sharded=sharded)
         model.to_empty(device="cpu" if config.cpu_offload else self.device)
         for router in (block.moe.router for block in model.blocks):
@@ -130,20 +133,29 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(self.config.grad_accum_steps):
+            self.beat("data")
             batch = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
+            self.beat("step")
             yield batch
 
     def train_step(self) -> Step:
         """The next iteration."""
         step = self.engine.step(self._batches(), self.iteration)
         self.iteration += 1
+        self.beat("log")
         return step
+
+    def beat(self, what: str) -> None:
+        """Say that this process gets on; every rank must, at the same points."""
+        if self.liveness is not None:
+            self.liveness.beat(self.iteration, what)
 
     # Beside the steps
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
+        self.beat(name)
         begin = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - begin
@@ -155,6 +167,7 @@ class Trainer:
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             counts: Tensor | int = 0
             for inputs, targets in self.val_loader:
+                self.beat("eval")
                 out = self.model(inputs, targets)
                 sums += torch.stack((out.loss.double(), (targets >= 0).sum().double()))
                 counts = counts + out.stats.expert_counts
@@ -185,7 +198,7 @@ class Trainer:
                 seed=config.seed + self.iteration,
                 device=self.device,
                 dtype=self.dtype,
-                should_stop=lambda: any_rank(self.stop_signal is not None, self.world, self.device),
+                should_stop=self._stop_sampling,
             )
         text = config.sample_prompt + tokenizer.decode(ids)
         if self.world.is_main:
@@ -195,6 +208,10 @@ class Trainer:
         self.log.note(f"iter {self.iteration}/{config.max_iters} | sample of {len(ids)} tokens:\n{text}")
         self.log.metrics("sample", self.iteration, tokens=len(ids))
         return text
+
+    def _stop_sampling(self) -> bool:
+        self.beat("sample")
+        return any_rank(self.stop_signal is not None, self.world, self.device)
 
     def save(self) -> None:
         """A checkpoint of this iteration; `best` names it when its validation loss is the lowest so far."""
