@@ -448,9 +448,9 @@ class Liveness:
             self._exchange()
             waiting = [
                 peer
-                for rank, peer in self.peers.items()
+                for peer in self.peers.values()
                 if peer.beat is not None and not peer.beat.left
-                if rank not in self._me.stuck and not peer.gone() and not self._is_silent(peer)
+                if not peer.gone() and not self._is_silent(peer)
             ]
             if not waiting:
                 return

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -313,85 +314,149 @@ def _raise(error):
 
 # Processes
 
-# All-reduces until something happens to one rank in the fifth: what a run is, in so far as it matters here.
-WORKER = """
-import ctypes, os, signal, sys, threading
+# Imports once, then forks the ranks of one case after the other: a line on stdin is a case, pids and statuses return.
+# A case is a real run, or all-reduces until, in the sixth, something happens to one rank.
+FORKS = """
+import ctypes, json, os, signal, sys, threading
 import torch
-from moe_engine.train import liveness, parallel
+import torch._dynamo
+from moe_engine.train import __main__ as command, liveness, parallel
 from moe_engine.train.cli import guarded
 from moe_engine.train.errors import InputError
 from moe_engine.train.liveness import Liveness
 
-fault, victim, out_dir, timeout = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 
-def strike():
-    if fault == "input": raise InputError("--data_dir x: gone")
-    if fault == "bug": raise KeyError("a bug")
-    if fault == "kill": os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "read": os.read(os.pipe()[0], 1)
+def strike(fault):
+    if fault == "input":
+        raise InputError("--data_dir x: gone")
+    if fault == "bug":
+        raise KeyError("a bug")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "read":
+        os.read(os.pipe()[0], 1)
     if fault == "gil":  # sleeps, and holds the interpreter's lock
         liveness._EXIT = 1.0
         threading.Event().wait(1)
         ctypes.PyDLL(None).sleep(600)
 
-def body():
+
+def reduce(case):
     world = parallel.World.from_environment()
     store, keeper = parallel.open_store(world, 60)
-    live = Liveness(world, out_dir, timeout, store, keeper=keeper, first=0)
+    live = Liveness(world, case["folder"], case["timeout"], store, keeper=keeper, first=0)
     try:
         with live:
             parallel.start(world, torch.device("cpu"), torch.float32)
             for i in range(10**9):
                 live.beat(i, "step")
-                if i == 5 and world.rank == victim:
-                    strike()
+                if i == 5 and world.rank == case["victim"]:
+                    strike(case["fault"])
                 parallel.all_sum(torch.ones(1), world)
     finally:
         if live.lost is None:
             parallel.stop()
         live.close()
 
-sys.exit(guarded(body))
+
+for line in sys.stdin:
+    case = json.loads(line)
+    pids = []
+    for rank in range(case["count"]):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            os.environ |= case["env"] | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            os.dup2(os.open(f"{case['folder']}/err{rank}", os.O_WRONLY | os.O_CREAT), 2)
+            sys.exit(command.main(case["flags"]) if case["flags"] else guarded(lambda: reduce(case)))
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 """
 
 
-@contextlib.contextmanager
-def started(tmp_path, count, *command):
-    """Processes of a world with no agent; yields them, and a function for what each has written to stderr."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
+@pytest.fixture(scope="module")
+def forks():
+    """The process that forks; a case that it does not end in time fails its test, and it is killed with its ranks."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+class Ranks:
+    """Processes of a world without an agent."""
+
+    def __init__(self, forks, folder, count=2, **case):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {name: str(value) for name, value in env.items()}
+        common = {"folder": str(folder), "count": count, "env": env, "flags": [], "victim": 1, "timeout": LATE}
+        self.folder, self.count, self.forks = folder, count, forks
+        self._line(json.dumps(common | case))
+        self.pids = json.loads(self._line())
+
+    def _line(self, write=None):
+        """The next line of the forking process, or one to it; it is killed if that takes too long."""
+        timer = threading.Timer(4 * LATE, os.killpg, (self.forks.pid, signal.SIGKILL))
+        timer.start()
+        try:
+            if write is None:
+                return self.forks.stdout.readline()
+            self.forks.stdin.write(write + "\n")
+            return self.forks.stdin.flush()
+        finally:
+            timer.cancel()
+
+    def statuses(self):
+        """Exit statuses, when all have ended."""
+        return json.loads(self._line())
+
+    def errs(self):
+        """What each wrote to stderr."""
+        return [(self.folder / f"err{rank}").read_text() for rank in range(self.count)]
+
+    def wait_for_end(self, rank):
+        """Until a rank has ended; the forking process may not have asked for its status yet."""
+        wait_until(lambda: ended(self.pids[rank]))
+
+    def kill(self):
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def ended(pid):
     try:
-        for rank in range(count):
-            env = {"OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank} | common
-            with open(tmp_path / f"err{rank}", "w") as err:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *command],
-                        env=os.environ | {name: str(value) for name, value in env.items()},
-                        stdout=subprocess.DEVNULL,
-                        stderr=err,
-                    )
-                )
-        yield processes, lambda rank: (tmp_path / f"err{rank}").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
-def strike(tmp_path, fault, victim=1, timeout=LATE, count=2):
-    """Runs the worker to its end; returns exit statuses, stderr and seconds."""
-    with started(tmp_path, count, "-c", WORKER, fault, str(victim), str(tmp_path), str(timeout)) as (processes, err):
-        statuses = [process.wait(3 * LATE) for process in processes]
-        return statuses, [err(rank) for rank in range(count)]
+def wait_until(condition):
+    end = time.monotonic() + 4 * LATE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
-def test_a_rank_that_raises_alone_is_quoted_by_the_other(tmp_path):
-    statuses, (zero, one) = strike(tmp_path, "input")
-    assert statuses == [1, 2]
+def test_a_rank_that_raises_alone_is_quoted_by_the_other(forks, tmp_path):
+    ranks = Ranks(forks, tmp_path, fault="input")
+    assert ranks.statuses() == [1, 2]
+    zero, one = ranks.errs()
     assert one == "error: --data_dir x: gone\n"
     assert re.fullmatch(
         r"error: rank 1 \(process \d+ on \S+\) left: error: --data_dir x: gone; the last published checkpoint stays\n",
@@ -399,27 +464,33 @@ def test_a_rank_that_raises_alone_is_quoted_by_the_other(tmp_path):
     )
 
 
-def test_a_bug_of_rank_0_which_keeps_the_store_is_told_to_the_others(tmp_path):
-    statuses, (zero, one, two) = strike(tmp_path, "bug", victim=0, count=3)
-    assert statuses == [1, 1, 1]
+def test_a_bug_of_rank_0_which_keeps_the_store_is_told_to_the_others(forks, tmp_path):
+    ranks = Ranks(forks, tmp_path, fault="bug", victim=0, count=3)
+    assert ranks.statuses() == [1, 1, 1]
+    zero, *others = ranks.errs()
     assert zero.rstrip().endswith("KeyError: 'a bug'") and "Traceback" in zero
-    for other in (one, two):
+    for other in others:
         (line,) = other.splitlines()
         assert line.startswith("error: rank 0 (") and "left: KeyError: 'a bug'" in line
 
 
-def test_of_three_the_dead_one_is_named_by_both(tmp_path):
-    statuses, errs = strike(tmp_path, "kill", count=3)
-    assert statuses == [1, -signal.SIGKILL, 1]
-    for err in (errs[0], errs[2]):
-        (line,) = err.splitlines()
-        assert re.match(r"error: rank 1 \(process \d+ on \S+\) died after iteration \d+, in \w+", line)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_of_three_the_dead_one_is_named_by_both(forks, tmp_path, victim):
+    begin = time.monotonic()
+    ranks = Ranks(forks, tmp_path, fault="kill", victim=victim, count=3)
+    statuses = ranks.statuses()
+    assert statuses.pop(victim) == -signal.SIGKILL and statuses == [1, 1]
+    assert time.monotonic() - begin < LATE
+    for rank in {0, 1, 2} - {victim}:
+        (line,) = ranks.errs()[rank].splitlines()
+        assert line.startswith(f"error: rank {victim} (process {ranks.pids[victim]} on ")
+        assert re.search(r" died after iteration \d+, in \w+.*; the last published checkpoint stays$", line)
 
 
-def test_a_read_that_never_returns_ends_both_with_their_stacks(tmp_path):
-    statuses, errs = strike(tmp_path, "read", timeout=4)
-    assert statuses == [1, 1]
-    for rank, err in enumerate(errs):
+def test_a_read_that_never_returns_ends_both_with_their_stacks(forks, tmp_path):
+    ranks = Ranks(forks, tmp_path, fault="read", timeout=4)
+    assert ranks.statuses() == [1, 1]
+    for rank, err in enumerate(ranks.errs()):
         told, line = err.splitlines()
         assert told == f"rank {rank}: stacks of all threads are in {tmp_path / f'stacks/rank{rank:05d}.txt'}"
         assert re.match(r"error: no progress for \d s: rank 1 \(process \d+ on \S+\) after iteration 5, in step", line)
@@ -428,104 +499,105 @@ def test_a_read_that_never_returns_ends_both_with_their_stacks(tmp_path):
     assert "in all_sum" in (tmp_path / "stacks/rank00000.txt").read_text()
 
 
-def test_a_rank_that_holds_the_interpreters_lock_leaves_too(tmp_path):
-    statuses, (zero, one) = strike(tmp_path, "gil", timeout=3)
-    assert statuses == [1, 1]
+def test_a_rank_that_holds_the_interpreters_lock_leaves_too(forks, tmp_path):
+    ranks = Ranks(forks, tmp_path, fault="gil", timeout=3)
+    assert ranks.statuses() == [1, 1]
+    zero, one = ranks.errs()
     assert "rank 1 (" in zero and "no sign of life" in zero
     assert one.startswith("Timeout (") and "in strike" in one
 
 
 @pytest.fixture
-def endless(small_run, tmp_path):
-    """The command of a real run that does not end by itself."""
+def endless(small_run):
+    """Run folder and flags of a real run that does not end by itself."""
 
-    def command(**values):
+    def make(**values):
         config = small_run(max_iters=10**6, save_every=20, eval_interval=0, **values)
         table = dataclasses.asdict(config)
         table |= {f"model.{name}": value for name, value in table.pop("model").items()}
         flags = [f"--{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in table.items() if v is not None]
-        return Path(config.out_dir), ["-m", "moe_engine.train", *flags]
+        return Path(config.out_dir), flags
 
-    return command
-
-
-def wait_for_lines(path, count, processes):
-    """Until a run has logged so many."""
-    end = time.monotonic() + 4 * LATE
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < end and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
+    return make
 
 
-def test_a_rank_killed_in_a_run(endless, tmp_path):
-    out_dir, command = endless()
-    with started(tmp_path, 2, *command) as (processes, err):
-        wait_for_lines(out_dir / "metrics.jsonl", 25, processes)
-        processes[1].kill()
+def logged(out_dir, count):
+    path = out_dir / "metrics.jsonl"
+    return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+def test_a_rank_killed_in_a_run(forks, endless, tmp_path):
+    out_dir, flags = endless()
+    ranks = Ranks(forks, tmp_path, flags=flags)
+    try:
+        wait_until(logged(out_dir, 25))
+        os.kill(ranks.pids[1], signal.SIGKILL)
         begin = time.monotonic()
-        assert processes[0].wait(LATE) == 1
+        ranks.wait_for_end(0)
         assert time.monotonic() - begin < 30
-        (line,) = err(0).splitlines()
-        found = re.fullmatch(
-            r"error: rank 1 \(process (\d+) on \S+\) died after iteration (\d+), in \w+.*; "
-            r"the last published checkpoint stays",
-            line,
-        )
-        assert int(found[1]) == processes[1].pid
+    finally:
+        ranks.kill()
+    assert ranks.statuses() == [1, -signal.SIGKILL]
+    (line,) = ranks.errs()[0].splitlines()
+    found = re.fullmatch(
+        r"error: rank 1 \(process (\d+) on \S+\) died after iteration \d+, in \w+.*; the last published checkpoint stays",
+        line,
+    )
+    assert int(found[1]) == ranks.pids[1]
     state = json.loads((out_dir / "ckpt/step_00000020/state.json").read_text())
-    assert state["iteration"] == 20 and int(found[2]) >= 0
+    assert state["iteration"] == 20
     assert not (out_dir / "stacks").exists()
 
 
-def test_a_rank_stopped_in_a_run_and_continued_when_the_other_has_left(endless, tmp_path):
-    out_dir, command = endless(timeout=8)
-    with started(tmp_path, 2, *command) as (processes, err):
-        wait_for_lines(out_dir / "metrics.jsonl", 25, processes)
-        processes[1].send_signal(signal.SIGSTOP)
+def test_a_rank_stopped_in_a_run_and_continued_when_the_other_has_left(forks, endless, tmp_path):
+    out_dir, flags = endless(timeout=8)
+    ranks = Ranks(forks, tmp_path, flags=flags)
+    try:
+        wait_until(logged(out_dir, 25))
+        os.kill(ranks.pids[1], signal.SIGSTOP)
         begin = time.monotonic()
-        assert processes[0].wait(LATE) == 1
-        assert 7 < time.monotonic() - begin < 30
-        told, line = err(0).splitlines()
-        assert f"rank 1 (process {processes[1].pid} on " in line and "gives no sign of life after iteration" in line
+        ranks.wait_for_end(0)
+        assert 6 < time.monotonic() - begin < 40
+        told, line = ranks.errs()[0].splitlines()
+        assert f"rank 1 (process {ranks.pids[1]} on " in line and "gives no sign of life after iteration" in line
         assert "rank 0 " not in line
         text = (out_dir / "stacks/rank00000.txt").read_text()
         assert told.endswith("rank00000.txt") and "in train_step" in text and "after iteration" in text
         assert not (out_dir / "stacks/rank00001.txt").exists(), "a stopped process writes nothing"
-        processes[1].send_signal(signal.SIGCONT)
-        assert processes[1].wait(LATE) == 1
-        told, line = err(1).splitlines()
-        assert f"rank 1 (process {processes[1].pid} on " in line and "did not run for" in line
-        assert (out_dir / "stacks/rank00001.txt").exists() and told.endswith("rank00001.txt")
+        os.kill(ranks.pids[1], signal.SIGCONT)
+        ranks.wait_for_end(1)
+    finally:
+        ranks.kill()
+    assert ranks.statuses() == [1, 1]
+    told, line = ranks.errs()[1].splitlines()
+    assert f"rank 1 (process {ranks.pids[1]} on " in line and "did not run for" in line
+    assert (out_dir / "stacks/rank00001.txt").exists() and told.endswith("rank00001.txt")
 
 
 def test_under_torchrun_the_message_comes_before_the_agents_sigterm_ends_the_rank(endless):
-    out_dir, command = endless()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
+    out_dir, flags = endless()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "moe_engine.train"]
     process = subprocess.Popen(
-        [sys.executable, *launcher],
+        [sys.executable, *launcher, *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        wait_for_lines(out_dir / "metrics.jsonl", 25, [process])
-        pid = _rank_of(process.pid, 1)
+        wait_until(lambda: logged(out_dir, 5)() or process.poll() is not None)
+        children = psutil.Process(process.pid).children()
+        pid = next(child.pid for child in children if child.environ().get("RANK") == "1")
         os.kill(pid, signal.SIGKILL)
         _, err = process.communicate(timeout=2 * LATE)
     finally:
+        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+            child.kill()
         process.kill()
         process.wait()
     assert process.returncode != 0
     (line,) = errors_of(err)
     assert line.startswith(f"error: rank 1 (process {pid} on ") and " died after iteration " in line
-
-
-def _rank_of(agent, rank):
-    """The process of a rank among an agent's children."""
-    import psutil
-
-    return next(p.pid for p in psutil.Process(agent).children() if p.environ().get("RANK") == str(rank))
 
 
 def test_a_lost_rank_is_a_line_with_status_1(capsys):
