@@ -223,11 +223,10 @@ class Liveness:
             return None
         if not self._claim("main"):
             threading.Event().wait()  # the watching thread has found out already, and ends this process
-        with self._lock:
-            begin = self._now()
+        self._stop.wait(min(0.1, self.interval))  # connections end a little before their process does
+        self._exchange()
+        begin = self._now()  # a beat that is read from here on is from after the failure
         while True:
-            self._stop.wait(min(0.1, self.interval))  # connections end a little before their process does
-            self._exchange()
             verdict = self._verdict()
             if verdict is None and self._now() - begin >= self._silence:
                 verdict = self._silent_since(begin)
@@ -236,6 +235,8 @@ class Liveness:
                     return None
             if verdict is not None:
                 return self._lose(verdict)
+            self._stop.wait(min(0.1, self.interval))
+            self._exchange()
 
     def close(self) -> None:
         """Stop watching; the process that keeps the store waits for the others to have read it."""
@@ -512,7 +513,8 @@ def _stands(thread: int) -> tuple[str, bool]:
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         waiting = waiting or "torch/distributed/" in path.as_posix()
-        if not where and frame.f_globals.get("__name__", "").startswith("moe_engine."):
+        module = frame.f_globals.get("__name__", "")
+        if not where and module.startswith("moe_engine.") and module != __name__:
             where = f"{path.parent.name}/{path.name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return where, waiting

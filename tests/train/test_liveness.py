@@ -317,7 +317,7 @@ def _raise(error):
 # Imports once, then forks the ranks of one case after the other: a line on stdin is a case, pids and statuses return.
 # A case is a real run, or all-reduces until, in the sixth, something happens to one rank.
 FORKS = """
-import ctypes, json, os, signal, sys, threading
+import ctypes, json, os, signal, sys, threading, traceback
 import torch
 import torch._dynamo
 from moe_engine.train import __main__ as command, liveness, parallel
@@ -370,7 +370,13 @@ for line in sys.stdin:
             os.dup2(null, 0)
             os.dup2(null, 1)
             os.dup2(os.open(f"{case['folder']}/err{rank}", os.O_WRONLY | os.O_CREAT), 2)
-            sys.exit(command.main(case["flags"]) if case["flags"] else guarded(lambda: reduce(case)))
+            if case["flags"]:
+                sys.exit(command.main(case["flags"]))
+            try:
+                os._exit(guarded(lambda: reduce(case)))  # the end of an interpreter takes seconds
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
     print(json.dumps(pids), flush=True)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 """
@@ -539,11 +545,8 @@ def test_a_rank_killed_in_a_run(forks, endless, tmp_path):
         ranks.kill()
     assert ranks.statuses() == [1, -signal.SIGKILL]
     (line,) = ranks.errs()[0].splitlines()
-    found = re.fullmatch(
-        r"error: rank 1 \(process (\d+) on \S+\) died after iteration \d+, in \w+.*; the last published checkpoint stays",
-        line,
-    )
-    assert int(found[1]) == ranks.pids[1]
+    assert line.startswith(f"error: rank 1 (process {ranks.pids[1]} on ")
+    assert re.search(r" died after iteration \d+, in \w+.*; the last published checkpoint stays$", line)
     state = json.loads((out_dir / "ckpt/step_00000020/state.json").read_text())
     assert state["iteration"] == 20
     assert not (out_dir / "stacks").exists()
