@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import platform
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -21,14 +23,16 @@ from moe_engine.train import memory, parallel
 from moe_engine.train.checkpoint import Checkpoints, write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
-from moe_engine.train.device import device_name, keep_freed_memory, pick_device, pick_dtype
-from moe_engine.train.environment import git_commit, versions
+from moe_engine.train.device import DTYPES, device_name, keep_freed_memory, pick_device, pick_dtype
+from moe_engine.train.environment import git_commit, restarted, versions
 from moe_engine.train.errors import InputError
+from moe_engine.train.lock import LOCK_FILE, locked
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.options import option
 from moe_engine.train.parallel import World
 from moe_engine.train.shards import read_meta
+from moe_engine.train.signals import StopSignals
 from moe_engine.train.signs import format_seconds
 
 CONFIG_FILE, ENV_FILE = "config.toml", "env.json"
@@ -74,7 +78,7 @@ def open_run(config: TrainConfig, toml: str, world: World) -> Path | None:
                 f"--out_dir {out_dir}: holds a run of another configuration ({'; '.join(changed)}); "
                 "choose another folder, or --fresh to start over"
             )
-    elif out_dir.exists() and any(out_dir.iterdir()) and not config.fresh:
+    elif out_dir.exists() and any(p.name != LOCK_FILE for p in out_dir.iterdir()) and not config.fresh:
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
     return None if config.fresh else Checkpoints(out_dir, world).latest()
 
@@ -89,22 +93,50 @@ def _remove_run(out_dir: Path) -> None:
 
 def train(config: TrainConfig) -> int:
     """One process of a run, from an empty or existing run folder to the end; returns the exit status."""
+    with StopSignals() as signals:  # before all else: a signal while the run starts up must not end it half-way
+        return _train(config, signals)
+
+
+def _train(config: TrainConfig, signals: StopSignals) -> int:
     keep_freed_memory()
     world = World.from_environment()
     device = pick_device(config.device, world.local_rank)
     model = config.model_config(read_meta(config.data_dir).vocab_size)
     toml = settings.to_toml(config, model)
-    checkpoint = open_run(config, toml, world)
+    notes = []
+    if config.fresh and (repeated := restarted()):
+        config = dataclasses.replace(config, fresh=False)
+        notes.append(f"--fresh is ignored: this start is a repetition ({repeated}), and goes on with what was begun")
     try:
-        trainer = Trainer(config, world, device)
-        with RunLog(Path(config.out_dir), is_main=world.is_main) as log:
-            if checkpoint:
-                trainer.resume(checkpoint)
-                log.truncate_after(trainer.iteration)
-            if world.is_main:
-                write_atomically(log.out_dir / CONFIG_FILE, toml)
-                write_atomically(log.out_dir / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n")
-            return _run(trainer, log, checkpoint)
+        if world.size > 1:  # before the folder is looked at: all ranks are to hear from the first whether it is free
+            dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
+            parallel.start(world, device, dtype, config.cpu_offload, param_dtype)
+        with locked(Path(config.out_dir), world) as lock:
+            checkpoint = open_run(config, toml, world)
+            trainer = Trainer(config, world, device)
+            trainer.signals = signals
+            trainer.notes += notes
+
+            def describe() -> None:
+                """What makes a folder one to resume in; again, should it be deleted while the run goes on."""
+                lock.renew()
+                write_atomically(Path(config.out_dir) / CONFIG_FILE, toml)
+                write_atomically(
+                    Path(config.out_dir) / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n"
+                )
+
+            def reader_gone() -> None:
+                signals.number = signals.number or signal.SIGPIPE
+
+            with RunLog(Path(config.out_dir), is_main=world.is_main, restore=describe, reader_gone=reader_gone) as log:
+                if checkpoint:
+                    trainer.resume(checkpoint)
+                    log.truncate_after(trainer.iteration)
+                if world.is_main:
+                    describe()
+                    if lock.warning:
+                        log.warn(lock.warning)
+                return _run(trainer, log, checkpoint)
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise

@@ -30,6 +30,7 @@ from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.parallel import World, all_sum, any_rank
 from moe_engine.train.plots import draw_plots
+from moe_engine.train.signals import StopSignals
 from moe_engine.train.signs import WarningSigns, format_train_line
 from moe_engine.train.step import Engine, Step, build_model
 from moe_engine.train.tokenizer import check_spec, load_tokenizer
@@ -77,7 +78,7 @@ class Trainer:
         self.iteration = 0
         self.val_loss = self.best_val_loss = math.inf
         self.bad_steps = 0
-        self.stop_signal: int | None = None
+        self.signals = StopSignals()
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
         self.signs = WarningSigns()
 
@@ -119,6 +120,11 @@ class Trainer:
         model.init_weights(self.config.seed)
         parallel.check_initialisation(model)
         return model
+
+    @property
+    def stop_signal(self) -> int | None:
+        """What this process was asked to stop by."""
+        return self.signals.number
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -189,9 +195,10 @@ class Trainer:
             )
         text = config.sample_prompt + tokenizer.decode(ids)
         if self.world.is_main:
-            folder = self.log.out_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / f"iter_{self.iteration:08d}.txt").write_text(text, encoding="utf-8")
+            with self.log.beside("samples"):
+                folder = self.log.out_dir / "samples"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"iter_{self.iteration:08d}.txt").write_text(text, encoding="utf-8")
         self.log.note(f"iter {self.iteration}/{config.max_iters} | sample of {len(ids)} tokens:\n{text}")
         self.log.metrics("sample", self.iteration, tokens=len(ids))
         return text
@@ -315,32 +322,29 @@ class Trainer:
 
     # The run
 
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        if self.stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop_signal = number
-
     def run(self, log: RunLog) -> int:
         """Train to max_iters; returns the exit status.
 
-        SIGINT and SIGTERM end it after the current iteration, with a checkpoint; a second SIGINT at once.
+        A stop signal ends it after the current iteration, with a checkpoint; a second SIGINT at once.
         """
         self.log = log
         self.peak, peak_source = peak_flops(self.device, self.dtype)
         for note in (self.dtype_note, *self.notes, f"mfu is against {peak_source}"):
             if note:
                 log.note(note)
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return self._run()
+            with self.signals:
+                if any_rank(self.stop_signal is not None, self.world, self.device):  # while the run was starting up
+                    return self._leave()
+                return self._run()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self.loader.close()
 
     def _draw(self) -> None:
         if self.world.is_main:
-            draw_plots(self.log.out_dir, grad_clip=self.config.grad_clip or None, warmup_iters=self.config.warmup_iters)
+            clip, warmup = self.config.grad_clip or None, self.config.warmup_iters
+            with self.log.beside("plots"):
+                draw_plots(self.log.out_dir, grad_clip=clip, warmup_iters=warmup)
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.max_iters)
@@ -376,6 +380,9 @@ class Trainer:
     def _stopped(self) -> int:
         if self.checkpoints.latest() is None or self.checkpoints.latest().name[-8:] != f"{self.iteration:08d}":
             self.save()
+        return self._leave()
+
+    def _leave(self) -> int:
         number = self.stop_signal or signal.SIGTERM
         self.log.note(
             f"stopped by {signal.Signals(number).name} at iteration {self.iteration}; the same command resumes it"

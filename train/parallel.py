@@ -83,9 +83,11 @@ def start(
     cpu_offload: bool = False,
     param_dtype: torch.dtype = torch.float32,
 ) -> bool:
-    """Join the process group where there is to be one; True if the model will be sharded with FSDP2."""
+    """Join the process group where there is to be one, once; True if the model will be sharded with FSDP2."""
     if not is_sharded(world.size, dtype, param_dtype, cpu_offload):
         return False
+    if dist.is_initialized():
+        return True
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = backend_for(device, cpu_offload)
@@ -220,6 +222,15 @@ def any_rank(flag: bool, world: World, device: torch.device) -> bool:
     if world.size == 1:
         return flag
     return bool(all_sum(torch.tensor(int(flag), dtype=torch.int32, device=device), world))
+
+
+def from_main(value: str | None, world: World) -> str | None:
+    """The first rank's value, on all of them; every rank must call it."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,9 @@ import functools
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -116,6 +119,27 @@ def small_run(small_run_in, tmp_path):
         return small_run_in(values.pop("out_dir", tmp_path / "run"), **values)
 
     return make
+
+
+@pytest.fixture
+def in_small_tmpfs(tmp_path):
+    """Runs Python code in a process that has a file system of 1 MiB of its own, at `MOUNT`."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', str(mount)]
+    try:
+        possible = subprocess.run([*inside, "true"], capture_output=True, timeout=60).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("this machine lets nobody mount a file system of their own (unshare -rm)")
+
+    def run(code):
+        script = tmp_path / "inside.py"
+        script.write_text(f"import os, subprocess, sys\nMOUNT = {str(mount)!r}\n" + textwrap.dedent(code))
+        return subprocess.run([*inside, sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+
+    return run
 
 
 # -- shards that count --
