@@ -39,7 +39,7 @@ class Records:
         """Take a record; `flush` writes it."""
         self.waiting.append(record)
         self._waiting_bytes += len(record)
-        while self._waiting_bytes > self._kept_bytes:
+        while self._waiting_bytes > self._kept_bytes and len(self.waiting) > 1:
             self._waiting_bytes -= len(self.waiting.popleft())
             self.dropped += 1
 

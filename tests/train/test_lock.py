@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,51 @@ def test_a_lock_taken_again_where_the_folder_was_moved_away(held, tmp_path):
     other.acquire()
     with pytest.raises(InputError, match="in use by process"):
         held.renew()
+    other.release()
+
+
+@pytest.mark.parametrize("by", ["deleted", "moved"])
+def test_a_folder_that_vanishes_under_a_run_is_one_to_resume_in(small_run, tmp_path, monkeypatch, by):
+    config = small_run(max_iters=6, save_every=3, eval_interval=3)
+    out = Path(config.out_dir)
+
+    def vanish(self):
+        if self.iteration == 4:
+            shutil.rmtree(out) if by == "deleted" else out.rename(tmp_path / "elsewhere")
+        if self.iteration == 5:
+            with pytest.raises(InputError, match="in use by process"):
+                RunLock(out).acquire(patience=0.0)
+        return step(self)
+
+    step = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", vanish)
+        assert command.train(config) == 0
+    assert iterations(config) == [5, 6] and not (out / LOCK_FILE).exists()
+    assert "had been deleted or moved away: begun anew" in (out / "logs.txt").read_text()
+    assert json.loads((out / "env.json").read_text())["devices"] == 1
+    assert command.train(dataclasses.replace(config, max_iters=8)) == 0
+    assert iterations(config) == [5, 6, 7, 8]
+    if by == "moved":
+        assert command.train(dataclasses.replace(config, out_dir=str(tmp_path / "elsewhere"))) == 0
+
+
+def test_a_run_whose_vanished_folder_another_has_taken_leaves(small_run, monkeypatch, capsys):
+    config = small_run(max_iters=6, save_every=0, eval_interval=0)
+    other = RunLock(config.out_dir)
+
+    def vanish(self):
+        if self.iteration == 4:
+            shutil.rmtree(config.out_dir)
+            other.acquire()
+        return step(self)
+
+    step = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", vanish)
+        assert command.main(flags_of(config)) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out_dir {config.out_dir}: in use by process")
+    assert [p.name for p in Path(config.out_dir).iterdir()] == [LOCK_FILE]
     other.release()
 
 
