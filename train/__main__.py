@@ -111,24 +111,28 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
         if world.size > 1:  # before the folder is looked at: all ranks are to hear from the first whether it is free
             dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
             parallel.start(world, device, dtype, config.cpu_offload, param_dtype)
-        with locked(Path(config.out_dir), world) as lock:
+        out_dir = Path(config.out_dir)
+        with locked(out_dir, world) as lock:
             checkpoint = open_run(config, toml, world)
             trainer = Trainer(config, world, device)
             trainer.signals = signals
             trainer.notes += notes
+            env = json.dumps(environment(device, world), indent=2) + "\n" if world.is_main else ""
 
             def describe() -> None:
                 """What makes a folder one to resume in; again, should it be deleted while the run goes on."""
                 lock.renew()
-                write_atomically(Path(config.out_dir) / CONFIG_FILE, toml)
-                write_atomically(
-                    Path(config.out_dir) / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n"
-                )
+                write_atomically(out_dir / CONFIG_FILE, toml)
+                write_atomically(out_dir / ENV_FILE, env)
+
+            def missing() -> list[str]:
+                return [] if lock.is_in_place() else [LOCK_FILE]
 
             def reader_gone() -> None:
                 signals.number = signals.number or signal.SIGPIPE
 
-            with RunLog(Path(config.out_dir), is_main=world.is_main, restore=describe, reader_gone=reader_gone) as log:
+            callbacks = {"restore": describe, "missing": missing, "reader_gone": reader_gone}
+            with RunLog(out_dir, is_main=world.is_main, **callbacks) as log:
                 if checkpoint:
                     trainer.resume(checkpoint)
                     log.truncate_after(trainer.iteration)

@@ -252,7 +252,7 @@ def _no_such_flag(token: str, known: Collection[str]) -> str:
 
 
 def _fill_standard_descriptors() -> None:
-    """Where a standard stream is closed (`>&-`), hold its number: the next file opened would get what is written there."""
+    """Hold the numbers of standard streams that are closed (`>&-`): a file would get them and their text."""
     for number in range(3):
         try:
             os.fstat(number)

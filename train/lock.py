@@ -63,16 +63,12 @@ class RunLock:
         Raises:
             InputError: another process has it; or the folder cannot be made or written.
         """
-        folder, until = self.path.parent, time.monotonic() + patience
+        folder = self.path.parent
         try:
             if folder.exists() and not folder.is_dir():
                 raise InputError(f"--out_dir {folder}: expected a folder, found a file")
             self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-            while (descriptor := self._try(last=time.monotonic() >= until)) is None:
-                time.sleep(_PAUSE)
-            self._descriptor = descriptor
-            _held.add(descriptor)
-            self._write_owner()
+            self._take(patience)
         except OSError as error:
             raise InputError(f"--out_dir {folder}: cannot be written: {error.strerror} ({error.filename})") from None
 
@@ -81,23 +77,39 @@ class RunLock:
 
         Raises:
             InputError: another process has been faster.
+            OSError: the folder cannot be written, at this time.
         """
-        if not self._is_in_place():
+        if not self.is_in_place():
             old = self._descriptor
-            self.acquire(patience=0.0)
+            self._take(patience=0.0)
             self._close(old)
+
+    def is_in_place(self) -> bool:
+        """Whether the file that is locked is the one that the next start would try."""
+        try:
+            return self._descriptor is not None and _same_file(self._descriptor, self.path)
+        except OSError:  # it cannot be told now
+            return True
 
     def release(self) -> None:
         """Give it back, and remove the file and the folders that were made for it, as far as they are empty."""
         if self._descriptor is None or os.getpid() != self._process:
             return
         with contextlib.suppress(OSError):  # what cannot be removed now locks nothing once it is closed
-            if self._is_in_place():
+            if self.is_in_place():
                 self.path.unlink()  # while it is held: who waits for it will see that it waited for a removed file
             for folder in self._made:
                 folder.rmdir()
         self._close(self._descriptor)
         self._descriptor = None
+
+    def _take(self, patience: float) -> None:
+        until = time.monotonic() + patience
+        while (descriptor := self._try(last=time.monotonic() >= until)) is None:
+            time.sleep(_PAUSE)
+        self._descriptor = descriptor
+        _held.add(descriptor)
+        self._write_owner()
 
     def _try(self, last: bool) -> int | None:
         """One attempt; returns the descriptor, or None to try again."""
@@ -128,9 +140,6 @@ class RunLock:
             return descriptor
         os.close(descriptor)  # the lock of a file that its owner has removed
         return None
-
-    def _is_in_place(self) -> bool:
-        return self._descriptor is not None and _same_file(self._descriptor, self.path)
 
     def _write_owner(self) -> None:
         owner = {

@@ -47,6 +47,7 @@ class RunLog:
         is_main: whether this process writes.
         console: whether notes and warnings also go to standard output.
         restore: writes what else the folder needs, should it have to be made anew while the run goes on.
+        missing: names of files, beside the logs, that call for that when they are gone.
         reader_gone: called once when nobody reads standard output any more (`| head`); without it, BrokenPipeError.
 
     Every line is handed to the file system at once. A write that fails (a full disk) ends no run: a warning goes to
@@ -64,12 +65,13 @@ class RunLog:
         is_main: bool = True,
         console: bool = True,
         restore: Callable[[], None] | None = None,
+        missing: Callable[[], list[str]] = list,
         reader_gone: Callable[[], None] | None = None,
     ) -> None:
         self.out_dir = Path(out_dir)
         self.is_main = is_main
         self._console = console
-        self._restore, self._reader_gone = restore, reader_gone
+        self._restore, self._missing, self._reader_gone = restore, missing, reader_gone
         self._purge_step: int | None = None
         self._board: EventFile | None = None  # made at the first metrics: its import takes a second
         self._failing = self._vanished = False
@@ -165,7 +167,7 @@ class RunLog:
 
     def _write(self) -> None:
         """Bring to the disk what waits."""
-        gone = [file.path.name for file in self._files() if file.vanished()]
+        gone = [file.path.name for file in self._files() if file.vanished()] + self._missing()
         self._vanished = self._vanished or bool(gone)
         failures = self._begin_anew() if self._vanished else []
         if not self._vanished:

@@ -97,7 +97,7 @@ def test_an_owner_that_is_about_to_go_is_waited_for(held, monkeypatch):
     monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: held.release())
     next_one = RunLock(held.path.parent)
     next_one.acquire(patience=1e-9 + 60)
-    assert next_one._is_in_place(), "not the lock of the file that was removed"
+    assert next_one.is_in_place(), "not the lock of the file that was removed"
     next_one.release()
 
 
@@ -194,6 +194,24 @@ def test_a_folder_that_vanishes_under_a_run_is_one_to_resume_in(small_run, tmp_p
     assert iterations(config) == [5, 6, 7, 8]
     if by == "moved":
         assert command.train(dataclasses.replace(config, out_dir=str(tmp_path / "elsewhere"))) == 0
+
+
+def test_a_lock_that_somebody_removed_is_taken_again(small_run, hurried, monkeypatch):
+    config = small_run(max_iters=3, eval_interval=0)
+
+    def remove(self):
+        if self.iteration == 1:
+            (Path(config.out_dir) / LOCK_FILE).unlink()
+        if self.iteration == 2:
+            with pytest.raises(InputError, match="in use by process"):
+                command.train(config)
+        return step(self)
+
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", remove)
+    assert command.train(config) == 0
+    assert "warning: lock had been deleted or moved away" in (Path(config.out_dir) / "logs.txt").read_text()
+    assert iterations(config) == [1, 2, 3]
 
 
 def test_a_run_whose_vanished_folder_another_has_taken_leaves(small_run, monkeypatch, capsys):
