@@ -94,9 +94,17 @@ def test_a_run_holds_the_lock_for_as_long_as_it_trains(small_run, hurried, monke
 
 
 def test_an_owner_that_is_about_to_go_is_waited_for(held, monkeypatch):
-    monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: held.release())
+    flock, calls = fcntl.flock, []
+
+    def gone_meanwhile(descriptor, operation):
+        if len(calls) == 1:  # between opening and locking: the lock to be had is that of a removed file
+            held.release()
+        calls.append(descriptor)
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", gone_meanwhile)
     next_one = RunLock(held.path.parent)
-    next_one.acquire(patience=1e-9 + 60)
+    next_one.acquire(patience=60.0)
     assert next_one.is_in_place(), "not the lock of the file that was removed"
     next_one.release()
 

@@ -168,7 +168,7 @@ def test_a_second_interrupt_ends_a_process_that_is_stuck_in_c():
     process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
-        assert line == f"{signal.SIGTERM.value} None\n", process.communicate()
+        assert line == f"{signal.SIGTERM.value} None\n"
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
