@@ -562,8 +562,8 @@ class Trainer:
             raise self._save_error
 
     def _stopped(self) -> int:
-        kept = f"iteration {self.iteration}" if self.iteration else "the start, before the first iteration"
+        at = f"at iteration {self.iteration}"
         if self.problem:
-            raise InputError(f"{self.problem}; stopped at {kept}; once it is repaired, the same command goes on")
-        self.log.note(f"stopped by {signal.Signals(self.stopped_by).name} at {kept}; the same command resumes it")
+            raise InputError(f"{self.problem}; stopped {at}; once it is repaired, the same command goes on")
+        self.log.note(f"stopped by {signal.Signals(self.stopped_by).name} {at}; the same command resumes it")
         return 128 + self.stopped_by
