@@ -29,7 +29,7 @@ from moe_engine.train.errors import InputError
 from moe_engine.train.liveness import Liveness, collective_limit
 from moe_engine.train.lock import LOCK_FILE, RunLock, locked
 from moe_engine.train.loop import Trainer
-from moe_engine.train.metrics import RunLog
+from moe_engine.train.metrics import RunLog, read_metrics
 from moe_engine.train.options import option
 from moe_engine.train.parallel import World, from_first
 from moe_engine.train.shards import read_meta
@@ -84,7 +84,13 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
             )
     elif out_dir.exists() and not {p.name for p in out_dir.iterdir()} <= {LOCK_FILE, "stacks"} and not config.fresh:
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
-    return written.exists() and not config.fresh
+    goes_on = written.exists() and not config.fresh
+    if not goes_on and world.is_main and any((out_dir / "ckpt").glob("step_*")):
+        raise InputError(
+            f"--out_dir {out_dir}: its ckpt holds checkpoints of another run, which would be taken for this one's; "
+            "remove them, or choose another folder"
+        )
+    return goes_on
 
 
 def repetition_of(out_dir: Path) -> str | None:
@@ -100,6 +106,20 @@ def repetition_of(out_dir: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return f"TORCHELASTIC_RUN_ID {begun_by}" if begun_by and begun_by == launch_id() else None
+
+
+def check_never_saved(out_dir: Path) -> None:
+    """For a run without checkpoints: whether it really never had one.
+
+    Raises:
+        InputError: it had. Somebody has moved them away, or the disk that they are on is not there.
+    """
+    saved = [record["iter"] for record in read_metrics(out_dir / "metrics.jsonl") if record["kind"] == "save"]
+    if saved:
+        raise InputError(
+            f"--out_dir {out_dir}: metrics.jsonl tells of checkpoints up to iteration {saved[-1]}, ckpt holds none: "
+            "they were moved away, or their disk is not there; nothing was changed; --fresh starts over"
+        )
 
 
 def _remove_run(out_dir: Path) -> None:
@@ -162,6 +182,8 @@ def _start(trainer: Trainer, toml: str, goes_on: bool, lock: RunLock | None) -> 
     world, signals, out_dir = trainer.world, trainer.signals, Path(trainer.config.out_dir)
     checkpoint, notes = trainer.checkpoints.newest_sound() if goes_on else (None, [])
     trainer.notes += notes
+    if goes_on and not checkpoint:
+        from_first(lambda: check_never_saved(out_dir), world)
     if checkpoint:
         trainer.resume(checkpoint)
     env = json.dumps(environment(trainer.device, world), indent=2) + "\n" if world.is_main else ""

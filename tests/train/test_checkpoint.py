@@ -165,8 +165,20 @@ def test_no_sound_checkpoint_is_an_error_and_not_a_new_start(run, folder, capsys
         shutil.rmtree(path)
     with pytest.raises(InputError, match="step_00000012, which `latest` names, is not there"):
         command.train(run)
+    shutil.rmtree(folder)  # as where ckpt is on a disk of its own, and that is not mounted
+    with pytest.raises(InputError, match=r"metrics\.jsonl tells of checkpoints up to iteration 12, ckpt holds none"):
+        command.train(run)
+    assert (Path(run.out_dir) / "metrics.jsonl").read_bytes() == before
     assert command.train(dataclasses.replace(run, fresh=True)) == 0
     assert [r["iter"] for r in records(run)] == list(range(1, 13))
+
+
+def test_a_new_run_does_not_begin_beside_checkpoints_of_another(run, folder):
+    """It would go on from them after a kill: they are newer than what it has saved until then."""
+    (Path(run.out_dir) / "config.toml").unlink()
+    with pytest.raises(InputError, match="ckpt holds checkpoints of another run"):
+        command.train(dataclasses.replace(run, fresh=True))
+    assert len(list(folder.glob("step_*"))) == 3
 
 
 def test_what_was_never_finished_is_removed_and_said(run, folder):

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from moe_engine.train import __main__ as command
 from moe_engine.train.checkpoint import Checkpoints
-from moe_engine.train.data import ValLoader
+from moe_engine.train.data import TokenDataset, ValLoader
+from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import deterministic, read_metrics
 from moe_engine.train.parallel import World
 from moe_engine.train.step import Engine
