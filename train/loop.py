@@ -168,6 +168,7 @@ class Trainer:
         try:
             self._ready = list(self._batches())
         except InputError as error:
+            self.loader.load_state_dict(self._ready_from)  # the micro-steps that could be read are not consumed
             return str(error)
         return None
 

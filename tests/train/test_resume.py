@@ -135,6 +135,27 @@ def test_data_that_one_rank_cannot_read_stops_all_with_a_checkpoint(
     assert_same_end(config, whole, 12)
 
 
+def test_data_that_goes_away_within_an_iteration_is_not_passed_over(small_run_in, tmp_path, monkeypatch):
+    """The first of its two micro-steps could be read: it is read again."""
+    whole = small_run_in(tmp_path / "whole", grad_accum_steps=2, eval_interval=0)
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "parts"))
+    assert command.train(whole) == 0
+    window, calls = TokenDataset.window, []
+
+    def gone(self, index):
+        calls.append(index)
+        if len(calls) > 29:  # of 8 an iteration
+            raise InputError("toy.npy: truncated")
+        return window(self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="truncated; stopped at iteration 3"):
+        patch.setattr(TokenDataset, "window", gone)
+        command.train(config)
+    assert command.train(config) == 0
+    assert records(config) == records(whole)
+    assert_same_end(config, whole, 12)
+
+
 # Stops at any point, in one process
 
 POINTS = {
