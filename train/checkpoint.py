@@ -205,6 +205,7 @@ class Checkpoints:
                     f"checkpoint {d}: {why}; put aside as {d.name}{_DAMAGED}, the one before it is used"
                     for d, why in damaged
                 ]
+                from_first(lambda newest=path: self._repair_pointers(newest), self.world)
                 return path, notes
             damaged.append((path, defect))
         if damaged or aside or named:
@@ -232,6 +233,26 @@ class Checkpoints:
                 shutil.rmtree(path)
                 notes.append(f"checkpoint {final} was never finished: removed")
         return notes
+
+    def _repair_pointers(self, newest: Path) -> None:
+        """Have `latest` and `best` name what they would, had the run not been killed before it could write them.
+
+        A pointer to what is damaged goes back, too.
+        """
+        if self._pointer("latest") != newest.name:
+            write_atomically(self.folder / "latest", newest.name + "\n")
+        best = self._pointer("best")
+        known = best if best and (self.folder / best).is_dir() else ""
+        for path in reversed(self.complete()):
+            if path.name <= known:
+                break
+            try:
+                is_best = self.read_state(path).get("is_best", False)
+            except InputError:  # an old one that is damaged: nobody has to read it
+                continue
+            if is_best:
+                write_atomically(self.folder / "best", path.name + "\n")
+                break
 
     def read_state(self, path: Path) -> dict[str, Any]:
         """The small part of a checkpoint: iteration, loader, best loss, arguments.
@@ -342,9 +363,11 @@ class Checkpoints:
         """Add the small files, sync, rename, point; returns what went wrong."""
         folder, final = write.folder, write.final
         try:
+            for part in parts:
+                _check_size(folder / part["file"], part["bytes"])
             texts = {
                 METADATA_FILE: json.dumps(self._staging.metadata),
-                STATE_FILE: json.dumps({"format": FORMAT, **write.state}, indent=2) + "\n",
+                STATE_FILE: json.dumps({"format": FORMAT, "is_best": write.is_best, **write.state}, indent=2) + "\n",
             }
             sums = {part["file"]: part["sha256"] for part in parts}
             for name, text in texts.items():

@@ -220,6 +220,36 @@ def test_a_run_that_never_had_a_checkpoint_begins_again(whole, tmp_path, monkeyp
         assert records(killed, kind) == records(whole, kind)
 
 
+def test_killed_between_the_rename_and_the_pointers(whole, tmp_path, monkeypatch):
+    """`best` and `latest` name the new checkpoint once the run goes on, so that pruning keeps it."""
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "killed"), keep_last_n=1)
+    folder = tmp_path / "killed/ckpt"
+
+    class Killed(BaseException):
+        pass
+
+    def kill(path, text):
+        if path.name == "latest" and "12" in text:
+            raise Killed
+        write(path, text)
+
+    write = checkpoint_module.write_atomically
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint_module, "write_atomically", kill)
+        command.train(config)
+    assert (folder / "best").read_text() == (folder / "latest").read_text() == "step_00000008\n"
+    assert command.train(dataclasses.replace(config, max_iters=14, eval_interval=0)) == 0
+    assert (folder / "best").read_text() == "step_00000012\n"
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_00000012", "step_00000014"]
+
+
+def test_pointers_to_what_is_damaged_go_back(run, folder):
+    assert (folder / "best").read_text() == "step_00000012\n"
+    spoil(folder / "step_00000012/state.json", "cut")
+    Checkpoints(Path(run.out_dir), ONE).newest_sound()
+    assert (folder / "best").read_text() == (folder / "latest").read_text() == "step_00000008\n"
+
+
 def test_a_format_of_before_is_named_and_left_alone(run, folder):
     for path in folder.glob("step_*"):
         (path / "SHA256SUMS").unlink()
