@@ -80,6 +80,7 @@ class Published:
     bytes: int
     stall_seconds: float  # that training waited
     write_seconds: float  # from the first byte to the last rank's data on the disk, beside training
+    note: str = ""  # on the first rank, what a person should know
 
 
 @dataclass
@@ -95,6 +96,7 @@ class _Write:
     seconds: float = 0.0
     result: dict[str, Any] | None = None
     error: BaseException | None = None
+    note: str = ""
     thread: threading.Thread | None = None  # the one that writes
 
     @property
@@ -357,7 +359,7 @@ class Checkpoints:
             raise failure or OSError(number, "; ".join(failures), str(write.folder))
         size = sum(part[0]["bytes"] for part in parts)
         stall = write.stall + time.perf_counter() - begin
-        return Published(write.final, size, stall, max(part[1] for part in parts))
+        return Published(write.final, size, stall, max(part[1] for part in parts), write.note)
 
     def _publish(self, write: _Write, parts: list[dict[str, Any]]) -> OSError | None:
         """Add the small files, sync, rename, point; returns what went wrong."""
@@ -383,9 +385,12 @@ class Checkpoints:
             write_atomically(self.folder / "latest", final.name + "\n")
             if write.is_best:
                 write_atomically(self.folder / "best", final.name + "\n")
-            self._prune(final)
         except OSError as error:
             return _as_os_error(error, self.folder)
+        try:
+            self._prune(final)
+        except OSError as error:  # the checkpoint is there all the same
+            write.note = f"old checkpoints cannot be removed: {error.strerror} ({error.filename})"
         return None
 
     def _prune(self, newest: Path) -> None:

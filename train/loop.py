@@ -349,6 +349,8 @@ class Trainer:
                 return
         if published is None:
             return
+        if published.note:
+            self.log.warn(published.note)
         size, took = published.bytes, max(published.write_seconds, 1e-9)
         self.log.note(
             f"iter {self.iteration}/{self.config.max_iters} | checkpoint {published.path} "

@@ -411,6 +411,46 @@ def test_pruning_comes_after_the_new_one_is_safe(run, folder, monkeypatch):
     assert sorted(p.name for p in folder.glob("step_*")) == sorted({best, "step_00000016"})
 
 
+def test_old_checkpoints_that_cannot_be_removed_fail_no_save(whole, tmp_path, monkeypatch):
+    def refuse(path, ending):
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint_module, "_rename_over", refuse)
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "run"), keep_last_n=1)
+    assert command.train(config) == 0
+    log = (tmp_path / "run/logs.txt").read_text()
+    assert "warning: old checkpoints cannot be removed: Permission denied" in log and "not written" not in log
+    saves = [r["iter"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if r["kind"] == "save"]
+    assert saves == [4, 8, 12] == [int(p.name[-8:]) for p in sorted((tmp_path / "run/ckpt").glob("step_*"))]
+
+
+@pytest.mark.parametrize("kind", ["remove", "cut"])
+def test_a_part_that_the_first_rank_does_not_see_is_not_published(small_run, capsys, monkeypatch, kind):
+    """A file that has gone, or an --out_dir that is another folder on each host."""
+    publish = Checkpoints._publish
+
+    def lost(self, write, parts):
+        spoil(write.folder / "ckpt_rank00000.safetensors", kind)
+        return publish(self, write, parts)
+
+    monkeypatch.setattr(Checkpoints, "_publish", lost)
+    config = small_run(max_iters=2, eval_interval=0)
+    flags = ["--config", str(Path(config.out_dir) / "config.toml")]
+    with pytest.raises(InputError, match=r"ckpt_rank00000\.safetensors: .* bytes written, rank 0 finds"):
+        command.train(config)
+    assert not list((Path(config.out_dir) / "ckpt").iterdir())
+    assert command.main(flags) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_save_before_the_first_update_changes_no_moments(small_run):
+    trainer = Trainer(small_run(), ONE, CPU)
+    checkpoints, optimizer = trainer.checkpoints, trainer.engine.optimizer
+    checkpoints.save(trainer.model, optimizer, {"iteration": 1}, CPU)
+    checkpoints.finish()
+    assert all(not moments[name].any() for moments in optimizer.state.values() for name in moments)
+    trainer.loader.close()
+
+
 # Another shape
 
 
