@@ -502,6 +502,17 @@ def _read_sums(path: Path) -> dict[str, str] | str:
     return sums
 
 
+def _check_size(path: Path, size: int) -> None:
+    """Whether the first rank sees what another has written; raises OSError if not.
+
+    It does not where --out_dir is another folder on each host, which nobody must first learn from a resume.
+    """
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        what = "no such file" if found is None else f"{found} bytes"
+        raise OSError(f"{path.name}: {size} bytes written, rank 0 finds {what} (is --out_dir one for all ranks?)")
+
+
 def _rename_over(path: Path, ending: str) -> None:
     """Give a folder a name with an ending; one that has that name already is removed."""
     target = path.with_name(path.name + ending)

@@ -556,13 +556,14 @@ class Trainer:
         """Have a checkpoint of this iteration on the disk.
 
         Raises:
-            OSError: it could not be written.
+            InputError: it could not be written.
         """
         if self.iteration and self._saved_at != self.iteration:
             self.save()
         self.finish_save()
         if self.iteration and self._saved_at != self.iteration:
-            raise self._save_error
+            error = self._save_error
+            raise InputError(f"{error.filename}: {error.strerror}; the last whole checkpoint stays") from error
 
     def _stopped(self) -> int:
         at = f"at iteration {self.iteration}"
