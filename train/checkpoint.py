@@ -467,7 +467,12 @@ class Checkpoints:
 
 def state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, buffers and moments by the names that they have in a checkpoint, in the memory that training uses."""
-    return _tensors(*get_state_dict(model, optimizer))
+    stepped = bool(optimizer.state)
+    tensors = _tensors(*get_state_dict(model, optimizer))
+    if not stepped:  # PyTorch has made the moments by a step with gradients of 0, and has counted it
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
+    return tensors
 
 
 def _tensors(weights: dict[str, Any], moments: dict[str, Any]) -> dict[str, Tensor]:
