@@ -148,10 +148,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
     liveness = Liveness(world, out_dir, config.timeout, store, keeper=keeper)
     try:
         with liveness:
-            if world.size > 1:  # before the folder is looked at: all are to hear from the first whether it is free
-                dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
-                limit = collective_limit(config.timeout)
-                parallel.start(world, device, dtype, config.cpu_offload, param_dtype, limit)
+            _meet(config, world, device)  # before the folder is looked at: all hear from the first whether it is free
             with locked(out_dir, world) as lock:
                 repeated = config.fresh and from_first(lambda: repetition_of(out_dir), world)
                 config = dataclasses.replace(config, fresh=config.fresh and not repeated)
@@ -175,6 +172,14 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
         if liveness.lost is None:  # else the process group is broken, and leaving it may hang
             parallel.stop()
         liveness.close()
+
+
+def _meet(config: TrainConfig, world: World, device: torch.device) -> None:
+    """Join the process group, if this process is one of several."""
+    if world.size > 1:
+        dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
+        limit = collective_limit(config.timeout)
+        parallel.start(world, device, dtype, config.cpu_offload, param_dtype, limit)
 
 
 def _start(trainer: Trainer, toml: str, goes_on: bool, lock: RunLock | None) -> int:
@@ -217,7 +222,9 @@ def verify(config: TrainConfig) -> int:
     world = World.from_environment()
     try:
         with determinism.mode(config.deterministic):
-            return verify_resume(config, world, pick_device(config.device, world.local_rank))
+            device = pick_device(config.device, world.local_rank)
+            _meet(config, world, device)
+            return verify_resume(config, world, device)
     finally:
         parallel.stop()
 
