@@ -365,9 +365,12 @@ class Trainer:
         self._saved_at, self.best_val_loss = None, self._best_if_lost
         self._save_error = error
         self._retry_at = self.iteration + max(1, self.config.save_every // 10)
-        newest = self.checkpoints.latest()
+        try:
+            newest = self.checkpoints.latest() or "no checkpoint"
+        except OSError:  # the disk is gone altogether
+            newest = "the one before it"
         self.log.warn(
-            f"iter {self.iteration}: {error.strerror or error}; {newest or 'no checkpoint'} is the newest; training "
+            f"iter {self.iteration}: {error.strerror or error}; {newest} is the newest; training "
             f"goes on, and tries again at iteration {self._retry_at} or at its end"
         )
 

@@ -330,6 +330,29 @@ def test_a_full_disk_ends_no_run_and_keeps_the_last_checkpoint(whole, tmp_path, 
     assert_same_data(config, whole, 12)
 
 
+def test_a_disk_that_is_gone_for_a_while_ends_no_run(whole, tmp_path, monkeypatch):
+    """Not even its folders can be listed then."""
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "gone"))
+    save_file, complete, calls = storage.save_file, Checkpoints.complete, []
+
+    def refuse(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        save_file(tensors, path)
+
+    def refuse_to_list(self):
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return complete(self)
+
+    monkeypatch.setattr(storage, "save_file", refuse)
+    monkeypatch.setattr(Checkpoints, "complete", refuse_to_list)
+    assert command.train(config) == 0
+    assert "Input/output error; the one before it is the newest" in (tmp_path / "gone/logs.txt").read_text()
+    assert_same_data(config, whole, 12)
+
+
 def test_a_disk_that_stays_full_is_an_error_at_the_end(small_run, monkeypatch, capsys):
     config = small_run(save_every=4, max_iters=4)
     assert command.train(config) == 0
