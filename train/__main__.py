@@ -129,9 +129,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
     try:
         with liveness:
             if world.size > 1:  # before the folder is looked at: all are to hear from the first whether it is free
-                dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
-                limit = collective_limit(config.timeout)
-                parallel.start(world, device, dtype, config.cpu_offload, param_dtype, limit)
+                _join(config, world, device)
             with locked(out_dir, world) as lock:
                 repeated = config.fresh and from_first(lambda: repetition_of(out_dir), world)
                 config = dataclasses.replace(config, fresh=config.fresh and not repeated)
@@ -155,6 +153,12 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
         if liveness.lost is None:  # else the process group is broken, and leaving it may hang
             parallel.stop()
         liveness.close()
+
+
+def _join(config: TrainConfig, world: World, device: torch.device) -> None:
+    """Have the process group that `Trainer` would make."""
+    dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
+    parallel.start(world, device, dtype, config.cpu_offload, param_dtype, collective_limit(config.timeout))
 
 
 def _start(trainer: Trainer, toml: str, goes_on: bool, lock: RunLock | None) -> int:
@@ -195,7 +199,10 @@ def verify(config: TrainConfig) -> int:
     world = World.from_environment()
     try:
         with determinism.mode(config.deterministic):
-            return verify_resume(config, world, pick_device(config.device, world.local_rank))
+            device = pick_device(config.device, world.local_rank)
+            if world.size > 1:  # before the folder is touched: all are to wait for the first
+                _join(config, world, device)
+            return verify_resume(config, world, device)
     finally:
         parallel.stop()
 
