@@ -39,6 +39,14 @@ def test_a_resume_is_exact(verify, values):
     assert output.out.startswith("resume verified: iterations 4 to 6") and "1 process)" in output.out
 
 
+def test_several_ranks_have_one_answer(small_run, forked_ranks):
+    """Two replicas, which share the writing of what they both have."""
+    config = small_run(dp_replicate=2, model={"tie_embeddings": True})
+    statuses, outputs, errors = forked_ranks(2, config, verify_resume=True)
+    assert statuses == [0, 0] and outputs[0].startswith("resume verified: ") and "2 processes)" in outputs[0], errors
+    assert outputs[1] == "" and not Path(f"{config.out_dir}.verify_resume").exists()
+
+
 def forget_moments(monkeypatch):
     def load(self, path, model, optimizer, device):
         state = whole(self, path, model, optimizer, device)
