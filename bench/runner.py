@@ -202,7 +202,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
             complete = all(key in rows[-1] for key in ("benchmark", "name", "settings", "device", "time"))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             complete = False
         if not complete:
             raise InputError(f"{path}, line {number}: expected a result of moe-bench, got {line[:60]!r}")

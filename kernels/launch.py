@@ -295,7 +295,7 @@ def _read_cache(path: Path) -> dict[str, list]:
     """What the file holds; nothing where it is missing, closed to us, or not ours: then tiles are measured."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # ValueError: not JSON, or not text
+    except (OSError, ValueError, RecursionError):  # ValueError: not JSON, or not text
         return {}
     return content if isinstance(content, dict) else {}
 

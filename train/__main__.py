@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import platform
 import shutil
 import signal
@@ -38,6 +39,7 @@ from moe_engine.train.signs import format_seconds
 from moe_engine.train.verify import verify_resume
 
 CONFIG_FILE, ENV_FILE = "config.toml", "env.json"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
     if config.fresh and world.is_main and written.exists():
         _remove_run(out_dir)
     if written.exists() and not config.fresh:
-        changed = settings.differences(tomllib.loads(written.read_text(encoding="utf-8")), tomllib.loads(toml))
+        known = settings.toml_table(written, f"--out_dir {out_dir}: cannot read")
+        changed = settings.differences(known, tomllib.loads(toml))
         if changed:
             raise InputError(
                 f"--out_dir {out_dir}: holds a run of another configuration ({'; '.join(changed)}); "
@@ -103,7 +106,7 @@ def repetition_of(out_dir: Path) -> str | None:
         return counted
     try:
         begun_by = json.loads((out_dir / ENV_FILE).read_text(encoding="utf-8"))["launch"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return f"TORCHELASTIC_RUN_ID {begun_by}" if begun_by and begun_by == launch_id() else None
 
@@ -123,9 +126,19 @@ def check_never_saved(out_dir: Path) -> None:
 
 
 def _remove_run(out_dir: Path) -> None:
-    """Delete what a run writes, and nothing else."""
-    for name in ("ckpt", "samples", "plots", "tensorboard", "stacks"):
-        shutil.rmtree(out_dir / name, ignore_errors=True)
+    """Delete what a run writes, and nothing else.
+
+    Raises:
+        InputError: a folder of it is a link, and where that leads is not ours to empty; nothing was deleted.
+        OSError: something cannot be deleted: a checkpoint that stays would be resumed.
+    """
+    folders = [out_dir / name for name in ("ckpt", "samples", "plots", "tensorboard", "stacks")]
+    for folder in folders:
+        if folder.is_symlink():
+            raise InputError(f"--fresh: {folder} is a link to {os.readlink(folder)}: empty that, or remove the link")
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)
     for name in ("logs.txt", "metrics.jsonl", CONFIG_FILE, ENV_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
@@ -267,7 +280,7 @@ def _body(argv: Sequence[str] | None) -> int:
     try:
         return verify(config) if verify_only else train(config)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+        if error.errno not in _OF_THE_DISK:
             raise
         raise InputError(
             f"{error.filename or config.out_dir}: {error.strerror}; the last whole checkpoint stays"

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -54,7 +55,50 @@ STATE_FILE, SUMS_FILE = "state.json", "SHA256SUMS"
 FORMAT = 2
 _STEP = re.compile(r"step_\d{8}")
 _UNFINISHED, _OLD, _DAMAGED = ".tmp", ".old", ".damaged"
+# What comes of files that are whole and hold something else than a checkpoint.
+_BROKEN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 _FULL_BELOW = 1 << 20  # bytes free; a disk with less is a full one
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 62
+
+
+def _is_loss(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+def _are_arguments(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(_is_count(value.get(name, 1), 1) for name in ("dp_replicate", "batch_size", "grad_accum_steps"))
+
+
+def _are_counters(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    history = value.get("spike_history", {})
+    numbers = [value.get(name, 0) for name in ("skipped", "skipped_in_a_row")]
+    return all(map(_is_count, numbers)) and isinstance(history, dict) and all(
+        isinstance(row, list) and all(type(number) in (int, float) for number in row) for row in history.values()
+    )  # fmt: skip
+
+
+# What a run goes on from; the loader looks at its own part.
+_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
+    "iteration": lambda value: _is_count(value) and value < 10**8,  # the digits of a folder's name
+    "loader": lambda value: isinstance(value, dict),
+    "undone": lambda value: isinstance(value, list) and all(name in ("evaluate", "sample", "save") for name in value),
+    "val_loss": _is_loss,
+    "best_val_loss": _is_loss,
+    "scaler": lambda value: isinstance(value, dict),
+    "counters": lambda value: value is None or _are_counters(value),  # an older checkpoint has none
+    "tokens_per_iteration": lambda value: _is_count(value, 1),
+    "ranks": lambda value: _is_count(value, 1),
+    "tokenizer": lambda value: isinstance(value, str),
+    "vocab_size": lambda value: _is_count(value, 1),
+    "arguments": _are_arguments,
+}
 
 
 def folder_of(iteration: int) -> str:
@@ -64,7 +108,8 @@ def folder_of(iteration: int) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a crash leaves the old or the new one."""
     temporary = path.with_name(path.name + _UNFINISHED)
-    with open(temporary, "w", encoding="utf-8") as f:
+    temporary.unlink(missing_ok=True)  # should it be a link, the file that it leads to is none of ours
+    with open(temporary, "x", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -141,7 +186,7 @@ class Checkpoints:
     def _pointer(self, name: str) -> str | None:
         """The checkpoint that `latest` or `best` names."""
         path = self.folder / name
-        text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
         return text if _STEP.fullmatch(text) else None
 
     def defect(self, path: Path) -> str | None:
@@ -230,9 +275,9 @@ class Checkpoints:
             if path.suffix == _OLD and (path / SUMS_FILE).exists() and not final.exists():
                 os.rename(path, final)  # killed between the two renames of a replacement
             elif path.suffix == _OLD:
-                shutil.rmtree(path)
+                _remove(path)
             elif path.suffix.startswith(_UNFINISHED):
-                shutil.rmtree(path)
+                _remove(path)
                 notes.append(f"checkpoint {final} was never finished: removed")
         return notes
 
@@ -264,12 +309,24 @@ class Checkpoints:
         """
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"checkpoint {path}: cannot read {STATE_FILE}: {error}") from None
         if not isinstance(state, dict) or not isinstance(state.get("iteration"), int):
             raise InputError(f"checkpoint {path}: {STATE_FILE} holds no iteration")
         if state.get("format") != FORMAT:
             raise InputError(f"checkpoint {path}: expected format {FORMAT}, got {state.get('format')}")
+        return state
+
+    def read_run(self, path: Path) -> dict[str, Any]:
+        """`read_state` of a checkpoint of a training run: every value is of the kind that a run relies on.
+
+        Raises:
+            InputError: as `read_state`; or a value is missing or of another kind.
+        """
+        state = self.read_state(path)
+        wrong = [name for name, is_right in _OF_A_RUN.items() if not is_right(state.get(name))]
+        if wrong:
+            raise InputError(f"checkpoint {path}: {STATE_FILE}: no usable value for {', '.join(wrong)}")
         return state
 
     # Saving
@@ -457,11 +514,14 @@ class Checkpoints:
                     planner=DefaultLoadPlanner(flatten_state_dict=False),
                     no_dist=self.world.size == 1,
                 )
-        except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (CheckpointException, OSError, *_BROKEN) as error:
             raise InputError(f"checkpoint {path}: cannot be loaded: {_first_line(error)}") from error
         set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
         if optimizer is not None:
-            restore_random_state(path, self.world.rank, device)
+            try:
+                restore_random_state(path, self.world.rank, device)
+            except (OSError, SafetensorError, *_BROKEN) as error:
+                raise InputError(f"checkpoint {path}: random state cannot be loaded: {_first_line(error)}") from error
         return state
 
 
@@ -521,9 +581,17 @@ def _check_size(path: Path, size: int) -> None:
 def _rename_over(path: Path, ending: str) -> None:
     """Give a folder a name with an ending; one that has that name already is removed."""
     target = path.with_name(path.name + ending)
-    if target.exists():
-        shutil.rmtree(target)
+    if os.path.lexists(target):
+        _remove(target)
     os.rename(path, target)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; of a link, only the link and never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _remove_all(folders: list[Path]) -> None:

@@ -280,19 +280,28 @@ def _check_table(table: dict[str, Any], config_class: type, source: str) -> None
             raise InputError(f"{source}: {name}: expected {expected}, got {value!r}")
 
 
+def toml_table(path: str | Path, what: str) -> dict[str, Any]:
+    """What a TOML file holds, whatever its keys are; `what` is said in front of its name.
+
+    Raises:
+        InputError: the file is missing or not TOML.
+    """
+    try:
+        with open(path, "rb") as f:
+            return tomllib.load(f)
+    except OSError as error:
+        raise InputError(f"{what} {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also no text, or a number of thousands of digits
+        raise InputError(f"{what} {path}: not valid TOML: {error}") from None
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Options from a TOML file: the names of `TrainConfig`, and a [model] table with those of `ModelConfig`.
 
     Raises:
         InputError: the file is missing or not TOML, a key is unknown, or a value has the wrong type.
     """
-    try:
-        with open(path, "rb") as f:
-            table = tomllib.load(f)
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"--config {path}: not valid TOML: {error}") from None
+    table = toml_table(path, "--config")
     if isinstance(table.get("router_aux_coef"), int | float):
         table["router_aux_coef"] = str(table["router_aux_coef"])
     _check_table(table, TrainConfig, f"--config {path}")
@@ -372,6 +381,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         a, b = (table.get(name, defaults.get(name)) for table in (old, new))
         if name == "model":
             a, b = old.get("model") or {}, new.get("model") or {}
+            if not isinstance(a, dict):
+                rows.append(f"model: {a!r} → a table")
+                continue
             names = sorted({*a, *b} - {"save", "autotune"})  # how results are computed; of autotune up to rounding
             pairs = {k: [table.get(k, model_defaults.get(k)) for table in (a, b)] for k in names}
             rows += [f"model.{k}: {x} → {y}" for k, (x, y) in pairs.items() if x != y]

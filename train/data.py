@@ -235,6 +235,8 @@ class TrainLoader:
         """Continues from a state of the same data, block size and seed; InputError names what differs."""
         if missing := {"epoch", "window", "seed", "fingerprint"} - set(state):
             raise InputError(f"loader state: missing {', '.join(sorted(missing))}")
+        if any(type(state[name]) is not int for name in ("epoch", "window")):
+            raise InputError(f"loader state: expected whole numbers, got {state['epoch']!r} and {state['window']!r}")
         if state["seed"] != self.seed:
             raise InputError(f"--seed {self.seed}: the checkpoint's data order was made with seed {state['seed']}")
         if state["fingerprint"] != self.dataset.fingerprint:

@@ -173,7 +173,11 @@ class Liveness:
         Args:
             iteration: those that are finished.
             what: what begins now, in a word: `step`, `eval`.
+        Raises:
+            RankLost: again, where somebody caught the one that a signal had raised in the main thread.
         """
+        if self.lost is not None and self._claimed == "main":
+            raise self.lost
         self._iteration, self._what = iteration, what
         self._place += 1
 

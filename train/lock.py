@@ -179,7 +179,7 @@ def _owner(descriptor: int) -> str:
     try:
         owner: dict[str, Any] = json.loads(os.pread(descriptor, 1 << 16, 0))
         who = f"process {owner['pid']} on host {owner['host']} since {owner['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         who = "another process"
     return f"in use by {who}; {advice}"
 

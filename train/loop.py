@@ -381,7 +381,7 @@ class Trainer:
             InputError: it does not fit the data, the model, the size of the global batch or, with 8-bit moments, the
                 number of processes.
         """
-        known = self.checkpoints.read_state(path)
+        known = self.checkpoints.read_run(path)
         self._keep_global_batch(known)
         if known["tokens_per_iteration"] != self.tokens_per_iteration:
             raise InputError(
@@ -406,7 +406,7 @@ class Trainer:
         )
         if state["scaler"]:
             self.engine.scaler.load_state_dict(state["scaler"])
-        counters = state.get("counters", {})  # an older checkpoint has none
+        counters = state.get("counters") or {}  # an older checkpoint has none
         self.counters |= {name: counters[name] for name in self.counters if name in counters}
         self.engine.guard.load_state_dict(counters.get("spike_history", {}))
 

@@ -140,7 +140,8 @@ class RunLog:
         self._metrics.close()
         kept = [line for line, record in _lines(self.metrics_path) if record["iter"] <= iteration]
         temporary = self.metrics_path.with_suffix(".jsonl.tmp")
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # should it be a link, the file that it leads to is none of ours
+        with open(temporary, "xb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
@@ -275,7 +276,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             try:
                 record = _decode(json.loads(line))
                 complete = isinstance(record["iter"], int) and isinstance(record["kind"], str)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 complete = False
             if not complete:
                 raise InputError(f"{path}, line {number}: expected a JSON object with kind and iter, got {line[:60]!r}")

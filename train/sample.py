@@ -52,12 +52,17 @@ def sample(config: SampleConfig) -> int:
         known = ", ".join(str(int(p.name[-8:])) for p in checkpoints.complete())
         raise InputError(f"--out_dir {out_dir}: no such checkpoint; iterations there: {known or 'none'}")
     run = settings.resolve(settings.read_toml(out_dir / "config.toml"))
-    state = checkpoints.read_state(path)
+    state = checkpoints.read_run(path)
     tokenizer = load_tokenizer(state["tokenizer"])
     device = pick_device(config.device)
-    with torch.device("meta"):
-        model = Transformer(run.model_config(state["vocab_size"]))
-    model.to_empty(device=device)
+    model_config = run.model_config(state["vocab_size"])
+    try:
+        with torch.device("meta"):
+            model = Transformer(model_config)
+        model.to_empty(device=device)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no memory has, or no number of PyTorch
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--out_dir {out_dir}: no room for the model that config.toml describes: {reason}") from error
     checkpoints.load(path, model, None, device)
     start = [] if tokenizer.eot is None else [tokenizer.eot]
     for number in range(config.samples):

@@ -232,6 +232,14 @@ def _npy_header(path: Path, file: Any) -> tuple[np.dtype, int, int]:
     return dtype, file.tell(), shape[0]
 
 
+def is_file_name(name: str) -> bool:
+    """Whether the system can have a file of that name: JSON can hold NUL, and halves of characters."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def _text(where: Path | str, data: dict, key: str) -> str:
     if not isinstance(data.get(key), str) or not data[key]:
         raise InputError(f"{where}: {key} must be a non-empty string, got {data.get(key)!r}")
@@ -253,7 +261,7 @@ def _shard_records(path: Path, listed: Any) -> dict[str, ShardRecord]:
     records: dict[str, ShardRecord] = {}
     for entry in listed:
         name, sha256 = _text(path, entry, "file"), entry.get("sha256")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not is_file_name(name):
             raise InputError(f"{path}: shards: {name!r} must be a path inside the data folder")
         if _split_of(name) is None:
             raise InputError(f"{path}: shards: {name!r} is neither *_train_*.npy, *_val_*.npy, train.bin nor val.bin")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -176,6 +177,12 @@ class Reader(StorageReader):
                 offset = torch.Size(chunk["offset"])
                 chunks.append(ChunkStorageMetadata(offset, torch.Size(chunk["shape"])))
                 self._places[MetadataIndex(name, offset)] = (chunk["file"], chunk["key"])
+            if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(tensor["shape"]) or any(
+                not 0 <= begin <= begin + length <= size
+                for chunk in chunks
+                for begin, length, size in zip(chunk.offsets, chunk.sizes, tensor["shape"], strict=True)
+            ):  # what is not read would stay as it was
+                raise ValueError(f"{METADATA_FILE}: {name}: its parts do not make up a tensor of {tensor['shape']}")
             properties = TensorProperties(dtype=dtype)
             tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
         return Metadata(tensors)

@@ -315,6 +315,15 @@ def test_restarts_that_agents_count_apart_meet_all_the_same(small_run, forked_ra
     assert statuses == [0, 0], errors
 
 
+def test_a_lost_rank_that_somebody_caught_is_raised_again(make):
+    """A signal raises it wherever the main thread is, also where errors are turned into warnings: drawing, say."""
+    (alone,) = make(1)
+    assert alone._claim("main")
+    alone._lose(liveness.Verdict("rank 1 died"))
+    with pytest.raises(RankLost, match="rank 1 died"):
+        alone.beat(1, "step")
+
+
 def _raise(error):
     raise error
 

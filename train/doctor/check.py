@@ -188,7 +188,7 @@ class Setup:
         dtype = np.dtype(np.uint16)
         for path in sorted(self.data_dir.glob("*.npy")):
             try:
-                dtype = np.load(path, mmap_mode="r").dtype
+                dtype = np.lib.format.open_memmap(path, mode="r").dtype  # nothing but .npy, whatever its name says
                 break
             except (OSError, ValueError, EOFError):
                 continue  # what is wrong with it is for the check of the shards to say

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moe_engine.train.errors import InputError
+from moe_engine.train.shards import is_file_name
 
 META = "meta.json"
 _STAGING = ".preparing"
@@ -46,6 +47,8 @@ class DatasetFolder:
     def __enter__(self) -> "DatasetFolder":
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out_dir {self.path}: is a file, expected a folder")
+        if self.staging.is_symlink():  # what is in there will be removed
+            raise InputError(f"--out_dir {self.path}: {self.staging} is a link; remove it")
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ class DatasetFolder:
         plan = self.staging / _PLAN
         # With a meta.json the folder is whole: the moving had not begun, or had ended.
         if plan.exists() and not (self.path / META).exists():
-            for name in _names(json.loads(plan.read_text())):
+            for name in _listed(plan, lambda names: names):
                 (self.path / name).unlink(missing_ok=True)
         for entry in self.staging.iterdir():
             if entry.name != _LOCK:
@@ -213,15 +216,25 @@ class ShardWriter:
 
 def _shards_of(meta: Path) -> list[str]:
     """The files that a meta.json of ours lists; none if it is another's or unreadable."""
+    return _listed(meta, lambda table: [shard["file"] for shard in table["shards"]])
+
+
+def _listed(path: Path, names: Callable[[Any], Any]) -> list[str]:
+    """The files that a JSON file names; none if it cannot be read or is another's."""
     try:
-        return _names(shard["file"] for shard in json.loads(meta.read_text())["shards"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return _names(names(json.loads(path.read_text())))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
 
 
 def _names(names: Iterable[str]) -> list[str]:
     """Only plain shard names: nothing outside the folder is ever removed, whatever a file says."""
-    return [name for name in names if os.path.basename(name) == name and name.endswith(_SHARD_SUFFIXES)]
+    return [
+        name
+        for name in names
+        if os.path.basename(name) == name and name.endswith(_SHARD_SUFFIXES)
+        if is_file_name(name)
+    ]
 
 
 def _write_json(path: Path, value: Any) -> None:
