@@ -29,7 +29,7 @@ from moe_engine.train.config import TrainConfig
 from moe_engine.train.data import TokenDataset, TrainLoader
 from moe_engine.train.device import keep_freed_memory, memory_used
 from moe_engine.train.errors import InputError
-from moe_engine.train.loop import MAX_BAD_STEPS, Trainer
+from moe_engine.train.loop import Trainer
 from moe_engine.train.parallel import World
 from moe_engine.train.shards import read_meta
 
@@ -119,7 +119,7 @@ class Ours:
         if name == LOOP:
             use_loop(self.trainer.model)
         if self.trainer.engine.scaler.is_enabled():  # fp16 leaves out steps until it has found its scale
-            for _ in range(MAX_BAD_STEPS):
+            for _ in range(config.max_bad_steps):
                 if self.trainer.train_step().applied:
                     break
 

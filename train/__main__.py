@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moe_engine.train import config as settings
-from moe_engine.train import memory, parallel
+from moe_engine.train import determinism, memory, parallel
 from moe_engine.train.checkpoint import write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
@@ -30,6 +30,7 @@ from moe_engine.train.options import option
 from moe_engine.train.parallel import World
 from moe_engine.train.shards import read_meta
 from moe_engine.train.signs import format_seconds
+from moe_engine.train.verify import verify_resume
 
 CONFIG_FILE, ENV_FILE = "config.toml", "env.json"
 
@@ -40,6 +41,7 @@ class Flags(TrainConfig):
 
     config: str | None = option(None, "TOML file with these options by name, and a [model] table")
     print_config: bool = option(False, "print the resolved configuration as TOML and exit")
+    verify_resume: bool = option(False, "train a few iterations, resume them, compare bit for bit, and exit")
 
 
 def environment(device: torch.device, world: World) -> dict[str, Any]:
@@ -89,6 +91,11 @@ def _remove_run(out_dir: Path) -> None:
 
 def train(config: TrainConfig) -> int:
     """One process of a run, from an empty or existing run folder to the end; returns the exit status."""
+    with determinism.mode(config.deterministic):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> int:
     keep_freed_memory()
     world = World.from_environment()
     device = pick_device(config.device, world.local_rank)
@@ -120,6 +127,17 @@ def train(config: TrainConfig) -> int:
         parallel.stop()
 
 
+def verify(config: TrainConfig) -> int:
+    """One process of `--verify_resume`; returns the exit status."""
+    keep_freed_memory()
+    world = World.from_environment()
+    try:
+        with determinism.mode(config.deterministic):
+            return verify_resume(config, world, pick_device(config.device, world.local_rank))
+    finally:
+        parallel.stop()
+
+
 def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:
     config, model = trainer.config, trainer.model_config
     total, active = model.matrix_parameters()
@@ -128,6 +146,8 @@ def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:
         f"{trainer.world.size} × {device_name(trainer.device)}; {trainer.tokens_per_iteration} tokens per iteration, "
         f"router_aux_coef {trainer.engine.aux_coef:g}"
     )
+    if config.deterministic:
+        log.note(determinism.note())
     if checkpoint:
         log.note(f"resuming from {checkpoint} at iteration {trainer.iteration}")
     usual = settings.preset(config.preset).vocab_size
@@ -145,7 +165,7 @@ def _run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> int:
 def _body(argv: Sequence[str] | None) -> int:
     given = parse("moe-train", Flags, argv, "Train a mixture-of-experts language model.")
     file = given.pop("config", None)
-    print_only = given.pop("print_config", False)
+    print_only, verify_only = given.pop("print_config", False), given.pop("verify_resume", False)
     table = settings.read_toml(file) if file else {}
     config = settings.resolve(given, {"data_dir": "", **table} if print_only else table)
     if print_only:
@@ -154,7 +174,7 @@ def _body(argv: Sequence[str] | None) -> int:
         print(settings.to_toml(config, config.model_config(vocab_size)), end="")
         return 0
     try:
-        return train(config)
+        return verify(config) if verify_only else train(config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
             raise

@@ -283,7 +283,7 @@ class Checkpoints:
         try:
             with _one_process_is_meant():
                 dcp.save(
-                    _tensors(*get_state_dict(model, optimizer)),
+                    state_tensors(model, optimizer),
                     storage_writer=self._staging,
                     planner=DefaultSavePlanner(flatten_state_dict=False),
                     no_dist=self.world.size == 1,
@@ -438,6 +438,11 @@ class Checkpoints:
         if optimizer is not None:
             restore_random_state(path, self.world.rank, device)
         return state
+
+
+def state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and moments by the names that they have in a checkpoint, in the memory that training uses."""
+    return _tensors(*get_state_dict(model, optimizer))
 
 
 def _tensors(weights: dict[str, Any], moments: dict[str, Any]) -> dict[str, Tensor]:

@@ -70,6 +70,10 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.95, "AdamW beta2")
     grad_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
+    skip_spikes: float = option(
+        0.0, "skip an iteration whose loss or gradient norm is so many standard deviations above its mean; 0: off"
+    )
+    max_bad_steps: int = option(10, "skipped iterations in a row that end the run")
     warmup_iters: int = option(2000, "iterations of linear warm-up")
     lr_decay_iters: int = option(50_000, "iteration at which the cosine reaches min_lr")
     router_aux_coef: str = option(
@@ -96,6 +100,7 @@ class TrainConfig:
     dp_replicate: int = option(1, "whole copies of the model, each sharded over its part of the processes (HSDP)")
     cpu_offload: bool = option(False, "keep weights, gradients and optimizer in the host's memory")
     seed: int = option(1337, "seed of initialisation and data order")
+    deterministic: bool = option(False, "only algorithms whose results are the same in every run; may be slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     # Checkpoints
     save_every: int = option(1000, "iterations between checkpoints; 0: only the last")
@@ -115,9 +120,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "block_size", "max_iters", "grad_accum_steps", "lr_decay_iters", "log_interval",
-                        "eval_iters", "sample_tokens", "checkpoint_every", "dp_replicate")  # fmt: skip
+                        "eval_iters", "sample_tokens", "checkpoint_every", "dp_replicate", "max_bad_steps")  # fmt: skip
         not_negative = ("warmup_iters", "save_every", "keep_last_n", "eval_interval", "sample_every", "top_k", "seed",
-                        "lr", "min_lr", "weight_decay", "grad_clip", "router_bias_rate", "router_z_coef",
+                        "lr", "min_lr", "weight_decay", "grad_clip", "skip_spikes", "router_bias_rate", "router_z_coef",
                         "logit_z_coef", "temperature")  # fmt: skip
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
@@ -138,6 +143,16 @@ class TrainConfig:
             raise InputError(
                 "--optimizer_in_backward: expected --dtype bfloat16 or float32, got float16; whether a loss scale was "
                 "too large is known only after backward, when the parameters are updated already"
+            )
+        if self.optimizer_in_backward and self.skip_spikes:
+            raise InputError(
+                f"--skip_spikes {self.skip_spikes:g}: cannot be used with --optimizer_in_backward; whether a gradient "
+                "is a spike is known only after backward, when the parameters are updated already"
+            )
+        if self.deterministic and self.model.autotune:
+            raise InputError(
+                "--deterministic: cannot be used with --model.autotune; which tiles it times as the fastest may differ "
+                "between runs, and other tiles add in another order"
             )
         if self.param_dtype == "bfloat16" and self.optimizer != "adamw8bit":
             raise InputError(
@@ -337,7 +352,8 @@ _FREE = {
     "data_dir", "out_dir", "fresh", "max_iters", "save_every", "keep_last_n", "async_save", "eval_interval",
     "eval_iters", "log_interval", "log_router_stats", "sample_every", "sample_tokens", "sample_prompt", "temperature",
     "top_k", "device", "preset", "batch_size", "grad_accum_steps", "checkpointing", "checkpoint_every",
-    "optimizer_in_backward", "reshard_after_forward", "dp_replicate", "cpu_offload",
+    "optimizer_in_backward", "reshard_after_forward", "dp_replicate", "cpu_offload", "skip_spikes", "max_bad_steps",
+    "deterministic",
 }  # fmt: skip
 
 

@@ -84,10 +84,7 @@ class TokenDataset:
 
         Raises InputError when the shard has gone or shrunk, or holds a token outside the vocabulary.
         """
-        if not 0 <= index < self.num_windows:
-            raise IndexError(f"window {index} of {self.num_windows}")
-        number = int(np.searchsorted(self._last, index, side="right"))
-        start = (index - int(self._first[number])) * self.block_size
+        number, start = self._place(index)
         tokens = self._tokens(number)[start : start + self.block_size + 1]
         # Checked here because an embedding lookup outside its table is a device assert that names nothing.
         if tokens.max() >= self.meta.vocab_size or tokens.min() < 0:
@@ -97,6 +94,17 @@ class TokenDataset:
                 f" the vocabulary of {self.meta.vocab_size} (vocab_size in meta.json)"
             )
         return tokens
+
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """The shard of window `index`, and the position in it of the window's first token."""
+        number, start = self._place(index)
+        return self.shards[number], start
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < self.num_windows:
+            raise IndexError(f"window {index} of {self.num_windows}")
+        number = int(np.searchsorted(self._last, index, side="right"))
+        return number, (index - int(self._first[number])) * self.block_size
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of the given windows, both `(len(indices), block_size)` int64. Raises as `window`."""
@@ -176,7 +184,7 @@ class TrainLoader:
         _check_batching(batch_size, rank, world_size)
         if prefetch < 0:
             raise ValueError(f"prefetch: expected at least 0, got {prefetch}")
-        self.dataset, self.seed, self.wait_seconds = dataset, seed, 0.0
+        self.dataset, self.batch_size, self.seed, self.wait_seconds = dataset, batch_size, seed, 0.0
         self._device, self._prefetch = _exact_device(device), prefetch
         self._cursor, self._stride = 0, batch_size * world_size  # the cursor: the order position consumed so far
         self._read = partial(_read_training_batch, dataset, seed, rank * batch_size, batch_size, self._device)
@@ -204,6 +212,16 @@ class TrainLoader:
         self.wait_seconds = time.perf_counter() - start
         self._cursor += self._stride
         return _to_device(batch, self._device)
+
+    def read_by(self, rank: int, micro_steps_ago: int) -> tuple[int, np.ndarray]:
+        """What a rank read in one micro-step: the first order position, and the windows `(batch_size,)` int64.
+
+        Args:
+            rank: any of the ranks.
+            micro_steps_ago: 1 is the last one.
+        """
+        position = self._cursor - micro_steps_ago * self._stride + rank * self.batch_size
+        return position, epoch_windows(self.dataset.num_windows, self.seed, position, self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts: `epoch`, `window` (place in the epoch's order), `seed`, `fingerprint`.

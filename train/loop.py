@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_engine.generate import generate
 from moe_engine.model import Transformer
-from moe_engine.train import memory, parallel
+from moe_engine.train import memory, parallel, skips
 from moe_engine.train.checkpoint import Checkpoints, Published
 from moe_engine.train.config import TrainConfig, auto_aux_coef
 from moe_engine.train.data import Batch, TokenDataset, TrainLoader, ValLoader
@@ -36,8 +36,6 @@ from moe_engine.train.plots import draw_plots
 from moe_engine.train.signs import WarningSigns, format_train_line
 from moe_engine.train.step import Engine, Step, build_model
 from moe_engine.train.tokenizer import check_spec, load_tokenizer
-
-MAX_BAD_STEPS = 10  # iterations in a row without a finite gradient before a run gives up
 
 
 class Trainer:
@@ -84,9 +82,10 @@ class Trainer:
         self._ready_from: dict[str, Any] = {}  # where in the data they begin
         self._saved_at: int | None = None  # the iteration of the newest checkpoint, published or not yet
         self._retry_at: int | None = None  # when to try again to write one
-        self.bad_steps = 0
+        self.counters: dict[str, Any] = {"skipped": 0, "skipped_in_a_row": 0}  # a part of the checkpoint
         self.stop_signal: int | None = None
-        self.stopping = False  # agreed by all ranks
+        self.stopping = False  # agreed by all ranks, as is what follows
+        self.stopped_by = 0  # the signal, if it was one
         self.problem = ""  # with the data of some rank
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
         self.signs = WarningSigns()
@@ -134,7 +133,7 @@ class Trainer:
     def tokens_per_iteration(self) -> int:
         """Over all ranks."""
         c = self.config
-        return c.batch_size * c.block_size * c.grad_accum_steps * self.world.size
+        return c.batch_size * c.block_size * self.engine.grad_accum_steps * self.world.size
 
     # One iteration
 
@@ -144,7 +143,7 @@ class Trainer:
             ready, self._ready = self._ready, []
             yield from ready
             return
-        for _ in range(self.config.grad_accum_steps):
+        for _ in range(self.engine.grad_accum_steps):
             batch = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
             yield batch
@@ -192,7 +191,7 @@ class Trainer:
             texts = enumerate(gathered(problem, self.world))
             where = (f"rank {rank}: " if self.world.size > 1 else "" for rank in range(self.world.size))
             self.problem = "; ".join(f"{w}{text}" for w, (_, text) in zip(where, texts, strict=True) if text)
-        self.stop_signal = number or None
+        self.stopped_by = number  # a signal that has come since is left for the next time
         self.stopping = bool(number or failed)
         return self.stopping
 
@@ -273,7 +272,7 @@ class Trainer:
 
         One that cannot be written is reported; training goes on, and the next attempt comes soon.
         """
-        self._settle(self.checkpoints.finish)
+        self.finish_save()
         is_best, previous_best = self.val_loss < self.best_val_loss, self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.val_loss)
         state = {
@@ -283,6 +282,7 @@ class Trainer:
             "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             "scaler": self.engine.scaler.state_dict(),
+            "counters": {**self.counters, "spike_history": self.engine.guard.state_dict()},
             "tokens_per_iteration": self.tokens_per_iteration,
             "ranks": self.world.size,
             "tokenizer": self.train_data.meta.tokenizer,
@@ -302,6 +302,10 @@ class Trainer:
     def code(self) -> dict[str, Any]:
         """Which code runs."""
         return {"versions": versions("moe-engine"), "git": git_commit()}
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint on its way, if there is one."""
+        self._settle(self.checkpoints.finish)
 
     def _settle(self, publish: Callable[[], Published | None]) -> None:
         """Publish the checkpoint on its way, if there is one, and say so."""
@@ -341,6 +345,7 @@ class Trainer:
                 number of processes.
         """
         known = self.checkpoints.read_state(path)
+        self._keep_global_batch(known)
         if known["tokens_per_iteration"] != self.tokens_per_iteration:
             raise InputError(
                 f"--batch_size × --grad_accum_steps × devices × block_size: the run in {self.config.out_dir} has "
@@ -364,6 +369,19 @@ class Trainer:
         )
         if state["scaler"]:
             self.engine.scaler.load_state_dict(state["scaler"])
+        counters = state.get("counters", {})  # an older checkpoint has none
+        self.counters |= {name: counters[name] for name in self.counters if name in counters}
+        self.engine.guard.load_state_dict(counters.get("spike_history", {}))
+
+    def _keep_global_batch(self, known: dict[str, Any]) -> None:
+        """Other processes than the run had before: other micro-steps, so that the tokens of an iteration stay."""
+        configured, steps = self.config.grad_accum_steps, parallel.accumulation_for(self.config, known, self.world.size)
+        self.engine.grad_accum_steps = steps
+        if steps != configured:
+            self.notes.append(
+                f"{self.world.size} process(es): --grad_accum_steps {steps} in place of {configured}, so that an "
+                f"iteration stays at {known['tokens_per_iteration']} tokens"
+            )
 
     # Logging
 
@@ -380,6 +398,7 @@ class Trainer:
             "grad_norm": step.grad_norm,
             "router_aux": aux_coef * (float(balance.mean()) - 1),
             "tokens": self.iteration * self.tokens_per_iteration,
+            "skipped": self.counters["skipped"],
         }
         if self.config.log_router_stats:
             values |= {"balance_per_layer": balance.tolist(), "router_z": float(means[1 + layers :].mean())}
@@ -409,28 +428,36 @@ class Trainer:
             self.log.warn(sign)
 
     def _check_numbers(self, step: Step) -> None:
-        """Count iterations that were skipped for want of a finite gradient; give up after too many in a row.
+        """Count iterations that were skipped and say where their data is; give up after too many in a row.
 
-        Loss scaling of fp16 skips some by design, when it finds its scale.
+        Loss scaling of fp16 skips some by design, when it finds its scale. Every rank must call it.
         """
-        self.bad_steps = 0 if step.applied else self.bad_steps + 1
+        counters = self.counters
         if step.applied:
+            counters["skipped_in_a_row"] = 0
             return
-        state = self.loader.state_dict()
-        skipped, kept = "the update is", "those before them"
-        if self.engine.in_backward:
+        counters["skipped"] += 1
+        counters["skipped_in_a_row"] += 1
+        in_a_row = counters["skipped_in_a_row"]
+        losses = skips.losses_of_all_ranks(step.losses, self.world)
+        skipped, kept = "the update is", "of the last good state"
+        if self.engine.in_backward and all(math.isfinite(loss) for row in losses for loss in row):
             skipped = "the update of every parameter whose gradient is not finite is"
-            kept = "updated where gradients were finite"
+            kept = "with the weights updated where gradients were finite"
         self.log.warn(
-            f"iter {self.iteration}: gradient norm {step.grad_norm}, {skipped} skipped on all ranks "
-            f"(batch before window {state['window']} of epoch {state['epoch']})"
+            f"iter {self.iteration}: {step.reason}: {skipped} skipped on all ranks ({in_a_row} in a row, "
+            f"{counters['skipped']} in all); {skips.coordinates(self.loader, losses)}"
         )
-        if self.bad_steps >= MAX_BAD_STEPS:
-            self._save_for_good()
-            raise InputError(
-                f"{self.bad_steps} iterations in a row without a finite gradient: stopped; the weights are {kept} "
-                f"(checkpoint {self.iteration}); lower --lr"
-            )
+        if in_a_row < self.config.max_bad_steps:
+            return
+        counters["skipped_in_a_row"] = 0  # whoever goes on from here starts counting anew
+        self._save_for_good()
+        remedy = "raise --skip_spikes or " if "spike" in step.reason else ""
+        raise InputError(
+            f"{in_a_row} iterations in a row skipped, the last for {step.reason}: stopped with a checkpoint {kept} "
+            f"(iteration {self.iteration}); the same command goes on behind their data; if it stops again, {remedy}"
+            "start with a lower --lr in another --out_dir"
+        )
 
     # The run
 
@@ -504,7 +531,7 @@ class Trainer:
         """
         if self.iteration and self._saved_at != self.iteration:
             self.save()
-        self._settle(self.checkpoints.finish)
+        self.finish_save()
         if self.iteration and self._saved_at != self.iteration:
             raise self._save_error
 
@@ -512,5 +539,5 @@ class Trainer:
         kept = f"iteration {self.iteration}" if self.iteration else "the start, before the first iteration"
         if self.problem:
             raise InputError(f"{self.problem}; stopped at {kept}; once it is repaired, the same command goes on")
-        self.log.note(f"stopped by {signal.Signals(self.stop_signal).name} at {kept}; the same command resumes it")
-        return 128 + self.stop_signal
+        self.log.note(f"stopped by {signal.Signals(self.stopped_by).name} at {kept}; the same command resumes it")
+        return 128 + self.stopped_by

@@ -9,10 +9,10 @@
 
 Keys of a train line and their units: `loss` (nats per token), `lr`, `grad_norm` (before clipping), `router_aux`,
 `balance_per_layer` (one number a layer, 1.0 = perfect), `expert_share` (layers x experts, each row sums to 1),
-`tokens` (trained on so far), and the wall-clock ones: `tokens_per_second`; `mfu` and `data_wait`, shares from 0 to 1
-of the peak and of the time since the last log line; `memory` in bytes; `eta` in seconds; `seconds` since the last log
-line and, of these, `data_wait_seconds`, `eval_seconds`, `save_seconds`, `sample_seconds`; `time`, in every line, in
-seconds since 1970. An eval line has `loss`.
+`tokens` (read so far), `skipped` (iterations so far that were not applied), and the wall-clock ones:
+`tokens_per_second`; `mfu` and `data_wait`, shares from 0 to 1 of the peak and of the time since the last log line;
+`memory` in bytes; `eta` in seconds; `seconds` since the last log line and, of these, `data_wait_seconds`,
+`eval_seconds`, `save_seconds`, `sample_seconds`; `time`, in every line, in seconds since 1970. An eval line has `loss`.
 """
 
 import json

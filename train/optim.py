@@ -187,8 +187,8 @@ class StepInBackward:
 
     A global norm is known only when backward is over, so it cannot scale the gradients. Each parameter's gradient is
     scaled by min(1, grad_clip / its own norm) instead, its norm taken over all ranks. A parameter whose gradient is
-    not finite is not updated, on any rank; those before it in backward are updated by then. One backward is one step:
-    gradients cannot be accumulated, and a loss scale cannot be taken back.
+    not finite is not updated, on any rank; those before it in backward are updated by then. Where the loss is not
+    finite, none is. One backward is one step: gradients cannot be accumulated, and a loss scale cannot be taken back.
 
     Args:
         model: its parameters.
@@ -199,6 +199,7 @@ class StepInBackward:
 
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
         self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.loss: Tensor  # the mean over ranks, (), to be set before each backward
         self._norms: dict[Tensor, Tensor | None] = dict.fromkeys(model.parameters())
         # By number: a checkpoint that is loaded replaces the groups themselves.
         self._group = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -217,7 +218,7 @@ class StepInBackward:
         groups = optimizer.param_groups
         group = groups[self._group[parameter]]
         # Judged by the optimizer: PyTorch's kernel does so on the device, where the host need not wait for it.
-        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.found_inf = (~(norm.isfinite() & self.loss.isfinite())).float()
         optimizer.param_groups = [{**group, "params": [parameter]}]
         try:
             optimizer.step()
@@ -226,11 +227,11 @@ class StepInBackward:
             del optimizer.found_inf
         parameter.grad = None
 
-    def finish(self) -> float:
+    def finish(self) -> Tensor:
         """The gradient's global norm before clipping, after backward; makes ready for the next iteration."""
         norms = [norm for norm in self._norms.values() if norm is not None]
         self._norms = dict.fromkeys(self._norms)
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else math.nan
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(math.nan)
 
 
 def make_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe_engine.model import Block, Transformer
 from moe_engine.router import Router
+from moe_engine.train.config import TrainConfig
 from moe_engine.train.errors import InputError
 
 TIMEOUT = datetime.timedelta(seconds=300)
@@ -89,6 +90,8 @@ def start(
     """Join the process group where there is to be one; True if the model will be sharded with FSDP2."""
     if not is_sharded(world.size, dtype, param_dtype, cpu_offload):
         return False
+    if dist.is_initialized():
+        return True
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = backend_for(device, cpu_offload)
@@ -127,6 +130,28 @@ def check_sharding(world: World, device: torch.device, replicas: int, cpu_offloa
     check_replicas(world.size, replicas)
     if cpu_offload and device.type == "cpu":
         raise InputError("--cpu_offload: expected a GPU to offload from, got --device cpu, whose memory is the host's")
+
+
+def accumulation_for(config: TrainConfig, known_state: dict[str, Any], ranks: int) -> int:
+    """The micro-steps of an iteration when a run goes on, perhaps with another number of processes.
+
+    Where batch_size and grad_accum_steps are those that the run was started with, the tokens of an iteration stay: half
+    the processes take twice the micro-steps, and back. Where they were changed by hand, or the tokens cannot be divided
+    so, they are what the configuration says, and whether that fits is for `Trainer.resume` to judge.
+
+    Args:
+        config: as configured. It is what a checkpoint's `arguments` must keep, never the number returned here: then it
+            does not matter how often the number of processes has changed since.
+        known_state: a checkpoint's state.json, with `tokens_per_iteration` and `arguments`.
+        ranks: processes of this start.
+    """
+    known = known_state["arguments"]
+    if any(known[name] != getattr(config, name) for name in ("batch_size", "grad_accum_steps")):
+        return config.grad_accum_steps
+    steps, rest = divmod(known_state["tokens_per_iteration"], config.batch_size * config.block_size * ranks)
+    if rest or steps == 0 or (config.optimizer_in_backward and steps != 1):
+        return config.grad_accum_steps
+    return steps
 
 
 def make_mesh(world: World, device: torch.device, replicas: int = 1) -> DeviceMesh:

@@ -29,6 +29,7 @@ from moe_engine.train.device import DTYPES
 from moe_engine.train.errors import InputError
 from moe_engine.train.optim import StepInBackward, make_optimizer, make_scaler, set_learning_rate
 from moe_engine.train.parallel import World, all_sum
+from moe_engine.train.skips import SpikeGuard, not_finite
 
 
 @dataclass
@@ -36,10 +37,12 @@ class Step:
     """What one iteration did. Tensors stay on the device; loss and router values are this rank's."""
 
     loss: Tensor  # nats per token, with the z-loss of the logits if there is one
+    losses: Tensor  # (micro-steps): the loss is their mean
     balance: Tensor  # (layers)
     z: Tensor  # (layers)
     grad_norm: float
     applied: bool
+    reason: str  # why it was not applied, in words; all ranks have the same
 
 
 def build_model(
@@ -91,12 +94,14 @@ class Engine:
     ) -> None:
         self.config, self.model, self.world = config, model, world
         self.model_config = model.config
+        self.grad_accum_steps = config.grad_accum_steps  # another number when a run goes on with other ranks
         self.aux_coef = config.aux_coef(model.config.num_experts, model.config.router_balance)
         self.expert_counts: Tensor | int = 0  # (layers, E), over all ranks and the micro-steps of the present step
         self.optimizer = make_optimizer(model, config)
         in_backward = config.optimizer_in_backward
         self.in_backward = StepInBackward(model, self.optimizer, config.grad_clip) if in_backward else None
         self.scaler = make_scaler(dtype, device)
+        self.guard = SpikeGuard(config.skip_spikes)
 
     def _losses(self, out: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Mean cross-entropy of a micro-batch; balance, with the expert counts of all ranks, and z-loss `(layers)`."""
@@ -108,9 +113,9 @@ class Engine:
         return out.loss / (self.config.batch_size * self.config.block_size), balance, z
 
     def step(self, batches: Iterable[tuple[Tensor, Tensor]], iteration: int) -> Step:
-        """One optimizer step. All ranks apply it or, when a gradient is not finite, none does.
+        """One optimizer step. All ranks apply it or, when a loss or a gradient is not finite or a spike, none does.
 
-        With `optimizer_in_backward` that holds for each parameter and not for all together.
+        With `optimizer_in_backward` that holds, as to gradients, for each parameter and not for all together.
 
         Args:
             batches: grad_accum_steps pairs of inputs and targets, `(batch_size, block_size)` int64.
@@ -121,18 +126,26 @@ class Engine:
         self.expert_counts = 0
         set_learning_rate(self.optimizer, config.learning_rate(iteration))
         for micro_step, (inputs, targets) in enumerate(batches):
-            jitter = self._jitter(iteration * config.grad_accum_steps + micro_step)
+            jitter = self._jitter(iteration * self.grad_accum_steps + micro_step)
             mean, balance, z = self._losses(self.model(inputs, targets, z_coef=config.logit_z_coef, jitter=jitter))
             total = mean + self.aux_coef * balance.sum()
             if config.router_z_coef:
                 total = total + config.router_z_coef * z.sum()
-            self.scaler.scale(total / config.grad_accum_steps).backward()
+            if self.in_backward:  # it steps before backward is over, and must know by then
+                self.in_backward.loss = self._global(mean)
+            self.scaler.scale(total / self.grad_accum_steps).backward()
             parts.append((mean.detach(), balance.detach(), z.detach()))
-        loss, balance, z = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
-        grad_norm, applied = self._update()
+        losses, *router = (torch.stack(values) for values in zip(*parts, strict=True))
+        loss, balance, z = losses.mean(0), *(values.mean(0) for values in router)
+        grad_norm, reason = self._update(loss)
+        applied = not reason
         if applied and self.model_config.router_balance == "bias":
             self.model.update_select_bias(self.expert_counts, config.router_bias_rate)
-        return Step(loss, balance, z, grad_norm, applied)
+        return Step(loss, losses, balance, z, grad_norm, applied, reason)
+
+    def _global(self, loss: Tensor) -> Tensor:
+        """The mean of a loss over ranks, fp64, on the device."""
+        return all_sum(loss.detach().double(), self.world) / self.world.size
 
     def _jitter(self, micro_steps: int) -> tuple[int, int] | None:
         """What the model draws the routers' noise from: a sequence has the same on any rank, in any micro-step."""
@@ -140,22 +153,39 @@ class Engine:
             return None
         return self.config.seed, (micro_steps * self.world.size + self.world.rank) * self.config.batch_size
 
-    def _update(self) -> tuple[float, bool]:
-        """Clip and step; returns the gradient's global norm before clipping, and whether the step was taken."""
+    def _update(self, loss: Tensor) -> tuple[float, str]:
+        """Clip and step, or skip it.
+
+        Args:
+            loss: this rank's.
+        Returns:
+            The gradient's global norm before clipping, and why the step was not taken; empty if it was.
+        """
         if self.in_backward:  # done
-            grad_norm = self.in_backward.finish()
-            return grad_norm, math.isfinite(grad_norm)
+            mean, norm = self.in_backward.loss, self.in_backward.finish()
+            _, grad_norm, reason = self._judge(mean, norm)
+            return grad_norm, reason
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         # As torch.nn.utils.get_total_norm, which would give a bf16 gradient's norm in bf16.
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        grad_norm = float(parallel.whole(norm))  # global: every rank sees the same number and decides alike
-        applied = math.isfinite(grad_norm)
-        if applied:
+        mean, grad_norm, reason = self._judge(self._global(loss), parallel.whole(norm))
+        if not reason:
             if self.config.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
             self.scaler.step(self.optimizer)
-        self.scaler.update()
+            self.guard.applied(mean, grad_norm)
+        # An overflow lowers fp16's loss scale; a step that is skipped for another reason says nothing about it.
+        skipped_otherwise = bool(reason) and math.isfinite(grad_norm)
+        self.scaler.update(self.scaler.get_scale() if skipped_otherwise else None)
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm, applied
+        return grad_norm, reason
+
+    def _judge(self, loss: Tensor, norm: Tensor) -> tuple[float, float, str]:
+        """Loss and gradient norm, both global, as numbers, and why such an iteration is skipped; empty if it is not.
+
+        Every rank sees the same numbers and decides alike. Nowhere else in a step does the host wait for the device.
+        """
+        mean, grad_norm = torch.stack((loss, norm.to(loss.device, torch.float64))).tolist()
+        return mean, grad_norm, not_finite(mean, grad_norm) or self.guard.spike(mean, grad_norm)

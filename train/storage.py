@@ -142,6 +142,7 @@ class Staging(StorageWriter):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.file
         save_file({**self._staged, **extra}, path)
+        path.chmod(folder.stat().st_mode & 0o666)  # which safetensors gives to its owner alone
         sync_file(path)
         return {"file": self.file, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 

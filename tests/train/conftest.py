@@ -1,9 +1,17 @@
 """Small data folders and configurations for the tests of the driver, and what the tests of preparation share."""
 
+import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -116,6 +124,85 @@ def small_run(small_run_in, tmp_path):
         return small_run_in(values.pop("out_dir", tmp_path / "run"), **values)
 
     return make
+
+
+# -- several processes --
+
+# Imports once and then forks the ranks of one case after the other, which saves each of them seconds.
+_FORK = """
+import functools, json, os, sys, traceback
+import torch._dynamo
+from moe_engine.train import __main__ as command, loop, plots
+
+loop.peak_flops = functools.partial(loop.peak_flops, seconds=0.0)
+loop.draw_plots = lambda *args, **kwargs: None
+for line in sys.stdin:
+    case, pids = json.loads(line), []
+    for rank in range(case["count"]):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            if case["count"] > 1:
+                os.environ |= case["env"] | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{case['folder']}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            try:
+                exec(case["before"], {"rank": rank})
+                status = command.main(case["flags"])
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)  # the end of an interpreter takes seconds
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+class ForkedRanks:
+    """Runs of `moe-train` on so many ranks. Calling it gives exit statuses, outputs and errors, by rank."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _FORK], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def __call__(self, count, config, before="", timeout=180, **extra):
+        """Runs a configuration; `before` is Python that each rank executes first, with its `rank`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        case = {"count": count, "folder": str(self.folder), "before": before, "flags": command_line(config, **extra)}
+        case["env"] = {name: str(value) for name, value in env.items()}
+        timer = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
+        timer.start()
+        self.process.stdin.write(json.dumps(case) + "\n")
+        self.process.stdin.flush()
+        statuses = json.loads(self.process.stdout.readline())
+        timer.cancel()
+        outputs = ([(self.folder / f"{name}{rank}").read_text() for rank in range(count)] for name in ("out", "err"))
+        return statuses, *outputs
+
+    def close(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def command_line(config, **extra):
+    """The flags that give a configuration."""
+    table = dataclasses.asdict(config)
+    table |= {f"model.{name}": value for name, value in table.pop("model").items()} | extra
+    return [f"--{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in table.items() if v is not None]
+
+
+@pytest.fixture(scope="session")
+def forked_ranks(tmp_path_factory):
+    ranks = ForkedRanks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
 
 
 # -- shards that count --

@@ -225,10 +225,10 @@ def test_an_iteration_without_a_finite_gradient_changes_nothing(small_run, monke
 def test_bad_iterations_are_reported_and_too_many_stop_the_run(small_run, monkeypatch):
     spoil(monkeypatch, range(3, 100))
     config = small_run(max_iters=50)
-    with pytest.raises(InputError, match="10 iterations in a row without a finite gradient"):
+    with pytest.raises(InputError, match="10 iterations in a row skipped, the last for loss nan and gradient norm nan"):
         command.train(config)
     log = (Path(config.out_dir) / "logs.txt").read_text()
-    assert "iter 4: gradient norm nan, the update is skipped" in log and "window" in log
+    assert "iter 4: loss nan and gradient norm nan: the update is skipped" in log and "window" in log
     assert Checkpoints(Path(config.out_dir), ONE).latest().name == "step_00000013"
 
 

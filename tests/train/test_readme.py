@@ -25,8 +25,8 @@ from moe_engine.train.prepare import PrepareConfig
 from moe_engine.train.sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/training.md", "docs/kernels.md")
-README, TRAINING, KERNELS = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+PAGES = ("README.md", "docs/training.md", "docs/kernels.md", "docs/clusters.md")
+README, TRAINING, KERNELS, CLUSTERS = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 COMMANDS = {
     "moe-train": Flags,
     "moe-prepare": PrepareConfig,
@@ -180,6 +180,10 @@ def test_the_commands_in_the_readme_are_accepted(tmp_path):
     for name, arguments in calls:
         accept(name, arguments, tmp_path)
     assert {name for name, _ in calls} == set(COMMANDS) and len(calls) >= 12
+    on_nodes = commands(CLUSTERS)
+    for name, arguments in on_nodes:
+        accept(name, arguments, tmp_path)
+    assert len(on_nodes) >= 3
 
 
 @pytest.mark.parametrize(
