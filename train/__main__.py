@@ -76,9 +76,16 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
                 f"--out_dir {out_dir}: holds a run of another configuration ({'; '.join(changed)}); "
                 "choose another folder, or --fresh to start over"
             )
-    elif out_dir.exists() and any(out_dir.iterdir()) and not config.fresh:
+    elif out_dir.exists() and not config.fresh and not all(map(_of_a_begun_run, out_dir.iterdir())):
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
     return written.exists() and not config.fresh
+
+
+def _of_a_begun_run(path: Path) -> bool:
+    """Whether a file is one that a run has made, or not removed yet, when it is killed with no CONFIG_FILE there."""
+    empty = ("logs.txt", "metrics.jsonl")
+    names = (f"{CONFIG_FILE}.tmp", ENV_FILE, f"{ENV_FILE}.tmp")
+    return path.name in names or (path.name in empty and path.stat().st_size == 0)
 
 
 def _remove_run(out_dir: Path) -> None:
