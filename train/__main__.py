@@ -24,6 +24,7 @@ from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import device_name, keep_freed_memory, pick_device, pick_dtype
 from moe_engine.train.environment import git_commit, versions
 from moe_engine.train.errors import InputError
+from moe_engine.train.liveness import Liveness
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.options import option
@@ -82,15 +83,15 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
 
 
 def _of_a_begun_run(path: Path) -> bool:
-    """Whether a file is one that a run has made, or not removed yet, when it is killed with no CONFIG_FILE there."""
+    """Whether it is what a run has made, or not removed yet, when it ends with no CONFIG_FILE there."""
     empty = ("logs.txt", "metrics.jsonl")
-    names = (f"{CONFIG_FILE}.tmp", ENV_FILE, f"{ENV_FILE}.tmp")
+    names = ("stacks", f"{CONFIG_FILE}.tmp", ENV_FILE, f"{ENV_FILE}.tmp")
     return path.name in names or (path.name in empty and path.stat().st_size == 0)
 
 
 def _remove_run(out_dir: Path) -> None:
     """Delete what a run writes, and nothing else."""
-    for name in ("ckpt", "samples", "plots", "tensorboard"):
+    for name in ("ckpt", "samples", "plots", "tensorboard", "stacks"):
         shutil.rmtree(out_dir / name, ignore_errors=True)
     for name in ("logs.txt", "metrics.jsonl", CONFIG_FILE, ENV_FILE):
         (out_dir / name).unlink(missing_ok=True)
@@ -109,19 +110,13 @@ def _train(config: TrainConfig) -> int:
     model = config.model_config(read_meta(config.data_dir).vocab_size)
     toml = settings.to_toml(config, model)
     goes_on = open_run(config, toml, world)
+    store, keeper = parallel.open_store(world, config.timeout)
+    liveness = Liveness(world, Path(config.out_dir), config.timeout, store, keeper=keeper)
     try:
-        trainer = Trainer(config, world, device)
-        checkpoint, notes = trainer.checkpoints.newest_sound() if goes_on else (None, [])
-        trainer.notes += notes
-        if checkpoint:
-            trainer.resume(checkpoint)
-        with RunLog(Path(config.out_dir), is_main=world.is_main) as log:
-            if goes_on:  # a run that was killed before its first checkpoint begins again, its evaluation at 0 too
-                log.truncate_after(trainer.iteration if checkpoint else -1)
-            if world.is_main:
-                write_atomically(log.out_dir / CONFIG_FILE, toml)
-                write_atomically(log.out_dir / ENV_FILE, json.dumps(environment(device, world), indent=2) + "\n")
-            return _run(trainer, log, checkpoint)
+        with liveness:
+            trainer = Trainer(config, world, device)
+            trainer.liveness = liveness
+            return _start(trainer, toml, goes_on)
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise
@@ -131,7 +126,24 @@ def _train(config: TrainConfig) -> int:
             "the last whole checkpoint stays"
         ) from error
     finally:
-        parallel.stop()
+        if liveness.lost is None:  # else the process group is broken, and leaving it may hang
+            parallel.stop()
+        liveness.close()
+
+
+def _start(trainer: Trainer, toml: str, goes_on: bool) -> int:
+    checkpoint, notes = trainer.checkpoints.newest_sound() if goes_on else (None, [])
+    trainer.notes += notes
+    if checkpoint:
+        trainer.resume(checkpoint)
+    with RunLog(Path(trainer.config.out_dir), is_main=trainer.world.is_main) as log:
+        if goes_on:  # a run that was killed before its first checkpoint begins again, its evaluation at 0 too
+            log.truncate_after(trainer.iteration if checkpoint else -1)
+        if trainer.world.is_main:
+            write_atomically(log.out_dir / CONFIG_FILE, toml)
+            env = json.dumps(environment(trainer.device, trainer.world), indent=2)
+            write_atomically(log.out_dir / ENV_FILE, env + "\n")
+        return _run(trainer, log, checkpoint)
 
 
 def verify(config: TrainConfig) -> int:

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,15 +95,11 @@ class _Write:
     seconds: float = 0.0
     result: dict[str, Any] | None = None
     error: BaseException | None = None
-    thread: threading.Thread | None = None
+    thread: threading.Thread | None = None  # the one that writes
 
     @property
     def final(self) -> Path:
         return self.folder.with_name(folder_of(self.state["iteration"]))
-
-    @property
-    def running(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
 
 
 class Checkpoints:
@@ -124,6 +120,7 @@ class Checkpoints:
         self.asynchronous = asynchronous
         self._staging = Staging(world.rank, copies=asynchronous)
         self._write: _Write | None = None
+        self.waiting: Callable[[], None] = lambda: None  # called every second while the disk is waited for
         self._start: str | None = None  # names this start of the run in the folders that it has not finished
         self._removal: threading.Thread | None = None
 
@@ -291,11 +288,10 @@ class Checkpoints:
         except CheckpointException as error:  # which all ranks get when one cannot copy, for want of memory say
             raise _as_os_error(error, self.folder) from error
         self._write = write = _Write(folder, state, random_state(device), is_best, time.perf_counter() - begin)
-        if self.asynchronous:
-            write.thread = threading.Thread(target=self._write_part, args=(write,), name="checkpoint", daemon=True)
-            write.thread.start()
-        else:
-            self._write_part(write)
+        write.thread = threading.Thread(target=self._write_part, args=(write,), name="checkpoint", daemon=True)
+        write.thread.start()
+        if not self.asynchronous:
+            self._wait()
             write.stall += write.seconds
 
     def _write_part(self, write: _Write) -> None:
@@ -308,7 +304,7 @@ class Checkpoints:
     @property
     def writing(self) -> bool:
         """Whether this rank's part of a checkpoint is not on the disk yet."""
-        return self._write is not None and self._write.running
+        return self._write is not None and self._write.thread.is_alive()
 
     @property
     def pending(self) -> int | None:
@@ -327,8 +323,6 @@ class Checkpoints:
             return None
         write, self._write = self._write, None
         begin = time.perf_counter()
-        if write.thread is not None:
-            write.thread.join()
         failure = None if write.error is None else _as_os_error(write.error, self.folder)
         parts = gathered((write.result, write.seconds, failure), self.world)
         failures = [f"rank {rank}: {part[2].strerror}" for rank, part in enumerate(parts) if part[2] is not None]
@@ -392,11 +386,14 @@ class Checkpoints:
             self._removal.join()
             self._removal = None
 
-    def finish(self, waiting: Any = lambda: None) -> Published | None:
-        """Wait for a checkpoint on its way and publish it; as `settle`. `waiting()` is called every now and then."""
+    def _wait(self) -> None:
         while self.writing:
             self._write.thread.join(1.0)
-            waiting()
+            self.waiting()
+
+    def finish(self) -> Published | None:
+        """Wait for a checkpoint on its way and publish it; as `settle`."""
+        self._wait()
         published = self.settle()
         self._join_removal()
         return published

@@ -24,7 +24,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from moe_engine.train.errors import InputError
+from moe_engine.train.errors import InputError, RankLost
 from moe_engine.train.settings import BOOLEANS, Setting, dataclass_in, default_of, settings_of
 
 Tables = Sequence[tuple[str, type]]
@@ -51,7 +51,8 @@ def run_command(
             a dict of those given. A field whose own type is a dataclass needs no entry and is built as one.
 
     Returns:
-        main's status; 2 after an InputError; 130 after Ctrl-C; 141 when the reader of our output has gone.
+        main's status; 2 after an InputError; 1 where another rank is lost; 130 after Ctrl-C; 141 when the reader of our
+        output has gone.
     """
     return guarded(lambda: main(build(config_class, parse(prog, config_class, argv, doc, tables))))
 
@@ -65,6 +66,9 @@ def guarded(body: Callable[[], int | None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

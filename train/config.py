@@ -102,6 +102,7 @@ class TrainConfig:
     seed: int = option(1337, "seed of initialisation and data order")
     deterministic: bool = option(False, "only algorithms whose results are the same in every run; may be slower")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    timeout: float = option(300.0, "seconds without progress that end a run; at least 1800 for the first iteration")
     # Checkpoints
     save_every: int = option(1000, "iterations between checkpoints; 0: only the last")
     keep_last_n: int = option(5, "checkpoints to keep, the best one not counted; 0 keeps all")
@@ -120,7 +121,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "block_size", "max_iters", "grad_accum_steps", "lr_decay_iters", "log_interval",
-                        "eval_iters", "sample_tokens", "checkpoint_every", "dp_replicate", "max_bad_steps")  # fmt: skip
+                        "eval_iters", "sample_tokens", "checkpoint_every", "dp_replicate", "max_bad_steps",
+                        "timeout")  # fmt: skip
         not_negative = ("warmup_iters", "save_every", "keep_last_n", "eval_interval", "sample_every", "top_k", "seed",
                         "lr", "min_lr", "weight_decay", "grad_clip", "skip_spikes", "router_bias_rate", "router_z_coef",
                         "logit_z_coef", "temperature")  # fmt: skip
@@ -353,7 +355,7 @@ _FREE = {
     "eval_iters", "log_interval", "log_router_stats", "sample_every", "sample_tokens", "sample_prompt", "temperature",
     "top_k", "device", "preset", "batch_size", "grad_accum_steps", "checkpointing", "checkpoint_every",
     "optimizer_in_backward", "reshard_after_forward", "dp_replicate", "cpu_offload", "skip_spikes", "max_bad_steps",
-    "deterministic",
+    "deterministic", "timeout",
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from moe_engine.train.data import Batch, TokenDataset, TrainLoader, ValLoader
 from moe_engine.train.device import DTYPES, memory_total, memory_used, peak_flops, pick_dtype
 from moe_engine.train.environment import git_commit, versions
 from moe_engine.train.errors import InputError
+from moe_engine.train.liveness import FIRST, Liveness
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.parallel import World, agree, all_sum, gathered
 from moe_engine.train.plots import draw_plots
@@ -89,6 +90,8 @@ class Trainer:
         self.problem = ""  # with the data of some rank
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log line, by what they went to
         self.signs = WarningSigns()
+        self.liveness: Liveness | None = None  # who watches that this process moves
+        self.checkpoints.waiting = self._keep_alive
 
     # Building
 
@@ -119,7 +122,8 @@ class Trainer:
     def _build_model(self) -> Transformer:
         """Build on meta, shard, give storage once, initialise once, check."""
         config, param_dtype = self.config, self.param_dtype
-        sharded = parallel.start(self.world, self.device, self.dtype, config.cpu_offload, param_dtype)
+        limit = 2 * max(config.timeout, FIRST)  # liveness comes first, and can say who hangs
+        sharded = parallel.start(self.world, self.device, self.dtype, config.cpu_offload, param_dtype, limit)
         model = build_model(config, self.model_config, self.world, self.device, self.dtype, sharded=sharded)
         model.to_empty(device="cpu" if config.cpu_offload else self.device)
         for router in (block.moe.router for block in model.blocks):
@@ -141,11 +145,15 @@ class Trainer:
         """Those of the next iteration, as they are read."""
         if self._ready:
             ready, self._ready = self._ready, []
-            yield from ready
+            for batch in ready:
+                self.beat("step")
+                yield batch
             return
         for _ in range(self.engine.grad_accum_steps):
+            self.beat("data")
             batch = self.loader.next_batch()
             self.seconds["data_wait"] += self.loader.wait_seconds
+            self.beat("step")
             yield batch
 
     def _read_ahead(self) -> str | None:
@@ -166,7 +174,17 @@ class Trainer:
         """The next iteration."""
         step = self.engine.step(self._batches(), self.iteration)
         self.iteration += 1
+        self.beat("log")
         return step
+
+    def beat(self, what: str) -> None:
+        """Say that this process gets on; every rank must, at the same points."""
+        if self.liveness is not None:
+            self.liveness.beat(self.iteration, what)
+
+    def _keep_alive(self) -> None:
+        if self.liveness is not None:
+            self.liveness.keep_alive()
 
     # What the ranks agree on
 
@@ -199,6 +217,7 @@ class Trainer:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
+        self.beat(name)
         begin = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - begin
@@ -214,6 +233,7 @@ class Trainer:
             counts: Tensor | int = 0
             batches = iter(self.val_loader)
             for _ in range(len(self.val_loader)):
+                self.beat("eval")
                 problem = None
                 try:
                     inputs, targets = next(batches)
@@ -254,7 +274,7 @@ class Trainer:
                 seed=config.seed + self.iteration,
                 device=self.device,
                 dtype=self.dtype,
-                should_stop=self._poll,
+                should_stop=self._stop_sampling,
             )
         if self.stopping:
             return None
@@ -266,6 +286,10 @@ class Trainer:
         self.log.note(f"iter {self.iteration}/{config.max_iters} | sample of {len(ids)} tokens:\n{text}")
         self.log.metrics("sample", self.iteration, tokens=len(ids))
         return text
+
+    def _stop_sampling(self) -> bool:
+        self.beat("sample")
+        return self._poll()
 
     def save(self) -> None:
         """Begin a checkpoint of this iteration; `best` names it when its validation loss is the lowest so far.

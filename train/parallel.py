@@ -25,7 +25,7 @@ from moe_engine.router import Router
 from moe_engine.train.config import TrainConfig
 from moe_engine.train.errors import InputError
 
-TIMEOUT = datetime.timedelta(seconds=300)
+TIMEOUT = 3600.0  # seconds that a collective waits; a rank that hangs is found before that, see liveness.py
 
 T = TypeVar("T")
 
@@ -86,20 +86,51 @@ def start(
     dtype: torch.dtype,
     cpu_offload: bool = False,
     param_dtype: torch.dtype = torch.float32,
+    timeout: float = TIMEOUT,
 ) -> bool:
-    """Join the process group where there is to be one; True if the model will be sharded with FSDP2."""
+    """Join the process group where there is to be one; True if the model will be sharded with FSDP2.
+
+    A collective that takes `timeout` seconds raises a RuntimeError.
+    """
     if not is_sharded(world.size, dtype, param_dtype, cpu_offload):
         return False
     if dist.is_initialized():
         return True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = backend_for(device, cpu_offload)
+    backend, limit = backend_for(device, cpu_offload), datetime.timedelta(seconds=timeout)
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=limit)
     return True
+
+
+def open_store(world: World, timeout: float) -> tuple[dist.Store | None, int | None]:
+    """A key-value store of all ranks, apart from the process group's, and the rank that keeps it.
+
+    It is where the process group's is: in torchrun's agent (None), or, without one, in rank 0. Keys are those of this
+    start: an agent that starts its ranks again keeps what the ones before have written.
+
+    Args:
+        world: this process among the others; None is returned for a world of one.
+        timeout: seconds that one access may take, and that the ranks have to meet.
+    Raises:
+        InputError: the others cannot be reached, or torchrun's variables are not all set.
+    """
+    if world.size == 1:
+        return None, None
+    limit = datetime.timedelta(seconds=timeout)
+    try:
+        store = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))[0]
+    except (RuntimeError, ValueError) as error:
+        where = ":".join(os.environ.get(name, f"(no {name})") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{world.size} processes did not meet at {where} in {timeout:g} s: {reason}") from None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    start = store.add(f"liveness/{attempt}/starts/{world.rank}", 1)
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.PrefixStore(f"liveness/{attempt}/{start}", store), None if agents else 0
 
 
 def stop() -> None:

@@ -242,16 +242,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(whole, tmp_path, monkeyp
     assert len(stalls) == 3
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_thread_writes_or_training_does_and_the_files_are_the_same(small_run, monkeypatch, asynchronous):
-    threads, save_file = [], storage.save_file
-    monkeypatch.setattr(
-        storage, "save_file", lambda *a: (threads.append(threading.current_thread().name), save_file(*a))
-    )
-    config = small_run(max_iters=4, async_save=asynchronous)
+def test_without_async_save_training_waits_and_there_is_no_copy(whole, tmp_path, monkeypatch):
+    seen, step = {}, Trainer.train_step
+
+    def watch(self):
+        seen[self.iteration] = (self.checkpoints.writing, [p.name for p in self.checkpoints.complete()])
+        seen["copies"] = len(self.checkpoints._staging._buffers)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", watch)
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "run"), async_save=False)
     assert command.train(config) == 0
-    assert threads == ["checkpoint" if asynchronous else "MainThread"]
-    assert Checkpoints(Path(config.out_dir), ONE).newest_sound()[0].name == "step_00000004"
+    assert seen[4] == (False, ["step_00000004"]) and seen["copies"] == 0
+    assert_same_data(config, whole, 12)
 
 
 FAILURES = {

@@ -42,13 +42,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
 
 # `moe-train`; where a file is named, this node stops at an iteration, once, and says so there.
 NODE = """
-import datetime, functools, json, os, sys, threading, time
+import functools, json, os, sys, threading, time
 from pathlib import Path
 from moe_engine.train import loop, parallel
 from moe_engine.train.__main__ import main
 
 held, at, *flags = sys.argv[1:]
-parallel.TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("COLLECTIVES", 200)))
 make_mesh = parallel.make_mesh
 
 def mesh(*arguments):
@@ -511,7 +510,7 @@ def test_a_pulled_cable_ends_the_processes_in_time(apart, make, folder):
     """
     config, flags = make("pulled")
     held, limit = folder / "pulled.held", 20
-    (a, b), set_cable = apart[0]("pulled", flags, held=held, COLLECTIVES=str(limit)), apart[1]
+    (a, b), set_cable = apart[0]("pulled", [*flags, f"--timeout={limit}"], held=held), apart[1]
     wait_for(held.exists, 200, b.tail)
     begin = time.monotonic()
     set_cable("down")
