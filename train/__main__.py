@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import platform
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -21,15 +23,17 @@ from moe_engine.train import determinism, memory, parallel
 from moe_engine.train.checkpoint import write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
-from moe_engine.train.device import device_name, keep_freed_memory, pick_device, pick_dtype
-from moe_engine.train.environment import git_commit, versions
+from moe_engine.train.device import DTYPES, device_name, keep_freed_memory, pick_device, pick_dtype
+from moe_engine.train.environment import git_commit, launch_id, restarted, versions
 from moe_engine.train.errors import InputError
-from moe_engine.train.liveness import Liveness
+from moe_engine.train.liveness import Liveness, collective_limit
+from moe_engine.train.lock import LOCK_FILE, RunLock, locked
 from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.options import option
-from moe_engine.train.parallel import World
+from moe_engine.train.parallel import World, from_first
 from moe_engine.train.shards import read_meta
+from moe_engine.train.signals import StopSignals
 from moe_engine.train.signs import format_seconds
 from moe_engine.train.verify import verify_resume
 
@@ -53,6 +57,7 @@ def environment(device: torch.device, world: World) -> dict[str, Any]:
         "device": device_name(device),
         "devices": world.size,
         "git": git_commit(),
+        "launch": launch_id(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -85,8 +90,23 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
 def _of_a_begun_run(path: Path) -> bool:
     """Whether it is what a run has made, or not removed yet, when it ends with no CONFIG_FILE there."""
     empty = ("logs.txt", "metrics.jsonl")
-    names = ("stacks", f"{CONFIG_FILE}.tmp", ENV_FILE, f"{ENV_FILE}.tmp")
+    names = (LOCK_FILE, "stacks", f"{CONFIG_FILE}.tmp", ENV_FILE, f"{ENV_FILE}.tmp")
     return path.name in names or (path.name in empty and path.stat().st_size == 0)
+
+
+def repetition_of(out_dir: Path) -> str | None:
+    """What tells that this start is not the first one of its command: --fresh was meant for that one.
+
+    A launcher counts its repetitions, and torchrun does not count those in which a node joins or leaves; but it names
+    its launches, and the run says which one began it.
+    """
+    if counted := restarted():
+        return counted
+    try:
+        begun_by = json.loads((out_dir / ENV_FILE).read_text(encoding="utf-8"))["launch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return f"TORCHELASTIC_RUN_ID {begun_by}" if begun_by and begun_by == launch_id() else None
 
 
 def _remove_run(out_dir: Path) -> None:
@@ -99,24 +119,37 @@ def _remove_run(out_dir: Path) -> None:
 
 def train(config: TrainConfig) -> int:
     """One process of a run, from an empty or existing run folder to the end; returns the exit status."""
-    with determinism.mode(config.deterministic):
-        return _train(config)
+    # Signals before all else: one that comes while the run starts up must not end it half-way.
+    with StopSignals() as signals, determinism.mode(config.deterministic):
+        return _train(config, signals)
 
 
-def _train(config: TrainConfig) -> int:
+def _train(config: TrainConfig, signals: StopSignals) -> int:
     keep_freed_memory()
     world = World.from_environment()
     device = pick_device(config.device, world.local_rank)
     model = config.model_config(read_meta(config.data_dir).vocab_size)
     toml = settings.to_toml(config, model)
-    goes_on = open_run(config, toml, world)
+    out_dir = Path(config.out_dir)
     store, keeper = parallel.open_store(world, config.timeout)
-    liveness = Liveness(world, Path(config.out_dir), config.timeout, store, keeper=keeper)
+    liveness = Liveness(world, out_dir, config.timeout, store, keeper=keeper)
     try:
         with liveness:
-            trainer = Trainer(config, world, device)
-            trainer.liveness = liveness
-            return _start(trainer, toml, goes_on)
+            if world.size > 1:  # before the folder is looked at: all are to hear from the first whether it is free
+                dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
+                limit = collective_limit(config.timeout)
+                parallel.start(world, device, dtype, config.cpu_offload, param_dtype, limit)
+            with locked(out_dir, world) as lock:
+                repeated = config.fresh and from_first(lambda: repetition_of(out_dir), world)
+                config = dataclasses.replace(config, fresh=config.fresh and not repeated)
+                goes_on = open_run(config, toml, world)
+                trainer = Trainer(config, world, device)
+                trainer.signals, trainer.liveness = signals, liveness
+                if repeated:
+                    trainer.notes.append(
+                        f"--fresh is ignored: this start is a repetition ({repeated}), and goes on with what was begun"
+                    )
+                return _start(trainer, toml, goes_on, lock)
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise
@@ -131,18 +164,35 @@ def _train(config: TrainConfig) -> int:
         liveness.close()
 
 
-def _start(trainer: Trainer, toml: str, goes_on: bool) -> int:
+def _start(trainer: Trainer, toml: str, goes_on: bool, lock: RunLock | None) -> int:
+    """Resume, if there is something to go on with, open the logs, and train. `lock` is the first rank's."""
+    world, signals, out_dir = trainer.world, trainer.signals, Path(trainer.config.out_dir)
     checkpoint, notes = trainer.checkpoints.newest_sound() if goes_on else (None, [])
     trainer.notes += notes
     if checkpoint:
         trainer.resume(checkpoint)
-    with RunLog(Path(trainer.config.out_dir), is_main=trainer.world.is_main) as log:
+    env = json.dumps(environment(trainer.device, world), indent=2) + "\n" if world.is_main else ""
+
+    def describe() -> None:
+        """What makes a folder one to resume in; again, should it be deleted while the run goes on."""
+        lock.renew()
+        write_atomically(out_dir / CONFIG_FILE, toml)
+        write_atomically(out_dir / ENV_FILE, env)
+
+    def missing() -> list[str]:
+        return [] if lock.is_in_place() else [LOCK_FILE]
+
+    def reader_gone() -> None:
+        signals.number = signals.number or signal.SIGPIPE
+
+    callbacks = {"restore": describe, "missing": missing, "reader_gone": reader_gone}
+    with RunLog(out_dir, is_main=world.is_main, **callbacks) as log:
         if goes_on:  # a run that was killed before its first checkpoint begins again, its evaluation at 0 too
             log.truncate_after(trainer.iteration if checkpoint else -1)
-        if trainer.world.is_main:
-            write_atomically(log.out_dir / CONFIG_FILE, toml)
-            env = json.dumps(environment(trainer.device, trainer.world), indent=2)
-            write_atomically(log.out_dir / ENV_FILE, env + "\n")
+        if world.is_main:
+            describe()
+            if lock.warning:
+                log.warn(lock.warning)
         return _run(trainer, log, checkpoint)
 
 

@@ -59,9 +59,11 @@ def run_command(
 
 def guarded(body: Callable[[], int | None]) -> int:
     """Run a command's body and turn the ways in which it may end into at most one line and an exit status."""
+    _fill_standard_descriptors()
     try:
         status = body()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -253,10 +255,19 @@ def _no_such_flag(token: str, known: Collection[str]) -> str:
     return f"no such flag {token}; " + (f"did you mean {near[0]}?" if near else "see --help for all of them")
 
 
+def _fill_standard_descriptors() -> None:
+    """Hold the numbers of standard streams that are closed (`>&-`): a file would get them and their text."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+
+
 def _reader_has_gone() -> bool:
     """True if standard output or error is a pipe with no reader; what it still holds is dropped, for a quiet exit."""
     gone = False
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):

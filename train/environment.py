@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +22,21 @@ def versions(*packages: str) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found | {"torch": torch.__version__}
+
+
+def restarted() -> str | None:
+    """Whether a launcher repeats a start of its own, by which variable: torchrun after a failure, Slurm's requeue."""
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 0:
+            return f"{name} {count}"
+    return None
+
+
+def launch_id() -> str | None:
+    """What torchrun calls this launch: the same for all starts of its processes."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name  # what it says where nobody has given a name
 
 
 def git_commit(apart: Sequence[str] = ()) -> dict[str, Any] | None:

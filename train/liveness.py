@@ -42,6 +42,11 @@ _NAMED = 8  # ranks that a line names at most
 _KEPT = "the last published checkpoint stays"
 
 
+def collective_limit(timeout: float) -> float:
+    """Seconds for the process group's own limit: so many that a hang is found here, where it can be said whose."""
+    return 2 * max(timeout, FIRST)
+
+
 @dataclasses.dataclass(frozen=True)
 class Beat:
     """What a rank tells the others."""

@@ -30,10 +30,11 @@ from moe_engine.train.data import Batch, TokenDataset, TrainLoader, ValLoader
 from moe_engine.train.device import DTYPES, memory_total, memory_used, peak_flops, pick_dtype
 from moe_engine.train.environment import git_commit, versions
 from moe_engine.train.errors import InputError
-from moe_engine.train.liveness import FIRST, Liveness
+from moe_engine.train.liveness import Liveness, collective_limit
 from moe_engine.train.metrics import RunLog
 from moe_engine.train.parallel import World, agree, all_sum, gathered
 from moe_engine.train.plots import draw_plots
+from moe_engine.train.signals import StopSignals
 from moe_engine.train.signs import WarningSigns, format_train_line
 from moe_engine.train.step import Engine, Step, build_model
 from moe_engine.train.tokenizer import check_spec, load_tokenizer
@@ -84,7 +85,7 @@ class Trainer:
         self._saved_at: int | None = None  # the iteration of the newest checkpoint, published or not yet
         self._retry_at: int | None = None  # when to try again to write one
         self.counters: dict[str, Any] = {"skipped": 0, "skipped_in_a_row": 0}  # a part of the checkpoint
-        self.stop_signal: int | None = None
+        self.signals = StopSignals()
         self.stopping = False  # agreed by all ranks, as is what follows
         self.stopped_by = 0  # the signal, if it was one
         self.problem = ""  # with the data of some rank
@@ -122,7 +123,7 @@ class Trainer:
     def _build_model(self) -> Transformer:
         """Build on meta, shard, give storage once, initialise once, check."""
         config, param_dtype = self.config, self.param_dtype
-        limit = 2 * max(config.timeout, FIRST)  # liveness comes first, and can say who hangs
+        limit = collective_limit(config.timeout)
         sharded = parallel.start(self.world, self.device, self.dtype, config.cpu_offload, param_dtype, limit)
         model = build_model(config, self.model_config, self.world, self.device, self.dtype, sharded=sharded)
         model.to_empty(device="cpu" if config.cpu_offload else self.device)
@@ -132,6 +133,11 @@ class Trainer:
         model.init_weights(self.config.seed)
         parallel.check_initialisation(model)
         return model
+
+    @property
+    def stop_signal(self) -> int | None:
+        """What this process was asked to stop by."""
+        return self.signals.number
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -200,7 +206,7 @@ class Trainer:
         if self.stopping:
             return True
         number, failed, writing, pending = agree(
-            [self.stop_signal or 0, int(problem is not None), int(self.checkpoints.writing),
+            [self.signals.number or 0, int(problem is not None), int(self.checkpoints.writing),
              int(self.checkpoints.pending is not None)], self.world, self.device,
         )  # fmt: skip
         if pending and not writing:
@@ -280,9 +286,10 @@ class Trainer:
             return None
         text = config.sample_prompt + tokenizer.decode(ids)
         if self.world.is_main:
-            folder = self.log.out_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / f"iter_{self.iteration:08d}.txt").write_text(text, encoding="utf-8")
+            with self.log.beside("samples"):
+                folder = self.log.out_dir / "samples"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"iter_{self.iteration:08d}.txt").write_text(text, encoding="utf-8")
         self.log.note(f"iter {self.iteration}/{config.max_iters} | sample of {len(ids)} tokens:\n{text}")
         self.log.metrics("sample", self.iteration, tokens=len(ids))
         return text
@@ -485,32 +492,27 @@ class Trainer:
 
     # The run
 
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        if self.stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop_signal = number
-
     def run(self, log: RunLog) -> int:
         """Train to max_iters; returns the exit status.
 
-        SIGINT and SIGTERM end it after the current iteration, with a checkpoint; a second SIGINT at once.
+        A stop signal ends it after the current iteration, with a checkpoint; a second SIGINT at once.
         """
         self.log = log
         self.peak, peak_source = peak_flops(self.device, self.dtype)
         for note in (self.dtype_note, *self.notes, f"mfu is against {peak_source}"):
             if note:
                 log.note(note)
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return self._run()
+            with self.signals:
+                return self._run()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self.loader.close()
 
     def _draw(self) -> None:
         if self.world.is_main:
-            draw_plots(self.log.out_dir, grad_clip=self.config.grad_clip or None, warmup_iters=self.config.warmup_iters)
+            clip, warmup = self.config.grad_clip or None, self.config.warmup_iters
+            with self.log.beside("plots"):
+                draw_plots(self.log.out_dir, grad_clip=clip, warmup_iters=warmup)
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.max_iters)

@@ -88,7 +88,7 @@ def start(
     param_dtype: torch.dtype = torch.float32,
     timeout: float = TIMEOUT,
 ) -> bool:
-    """Join the process group where there is to be one; True if the model will be sharded with FSDP2.
+    """Join the process group where there is to be one, once; True if the model will be sharded with FSDP2.
 
     A collective that takes `timeout` seconds raises a RuntimeError.
     """

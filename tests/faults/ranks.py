@@ -127,6 +127,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             status = 1
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the runner
             try:
                 file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 for stream in (1, 2):

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 
 import numpy as np
@@ -203,6 +204,27 @@ def forked_ranks(tmp_path_factory):
     ranks = ForkedRanks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def in_small_tmpfs(tmp_path):
+    """Runs Python code in a process that has a file system of 1 MiB of its own, at `MOUNT`."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', str(mount)]
+    try:
+        possible = subprocess.run([*inside, "true"], capture_output=True, timeout=60).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("this machine lets nobody mount a file system of their own (unshare -rm)")
+
+    def run(code):
+        script = tmp_path / "inside.py"
+        script.write_text(f"import os, subprocess, sys\nMOUNT = {str(mount)!r}\n" + textwrap.dedent(code))
+        return subprocess.run([*inside, sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+
+    return run
 
 
 # -- shards that count --
