@@ -872,19 +872,21 @@ def run(out: Path, only: str, markdown: Path | None, say: Callable[[str], None])
 
 
 def write_table(rows: list[Row], page: Path) -> None:
-    """Put the table between its marks."""
+    """Put the table between its marks; rows of faults that were not tried this time stay as they are."""
 
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("<", "&lt;")
 
-    lines = ["| fault | what happened | what was kept | what it said |", "| --- | --- | --- | --- |"]
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines()}
     for row in rows:
         happened = cell(row.happened)
         if row.unmet:
             happened += f" **Not as it should be**: {cell('; '.join(row.unmet))}"
         said = f"`{cell(row.message)}`" if row.message and not row.message.startswith("nothing") else row.message
-        lines.append(f"| {cell(row.name)} | {happened} | {cell(row.kept)} | {said} |")
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(before + "\n".join([BEGIN, *lines, END]) + after, encoding="utf-8")
+        lines[cell(row.name)] = f"| {cell(row.name)} | {happened} | {cell(row.kept)} | {said} |"
+    head = ["| fault | what happened | what was kept | what it said |", "| --- | --- | --- | --- |"]
+    table = [lines[cell(name)] for name in FAULTS if cell(name) in lines]
+    page.write_text(before + "\n".join([BEGIN, *head, *table, END]) + after, encoding="utf-8")
