@@ -370,13 +370,13 @@ def sighup(lab: Lab) -> Case:
 @fault("SIGTERM to one of two ranks, in an evaluation")
 def sigterm_in_evaluation(lab: Lab) -> Case:
     return _signalled(
-        lab, signal.SIGTERM, world=2, rank=1, line="iter 6/18 | loss", kind="eval", eval_iters=100, batch_size=1
+        lab, signal.SIGTERM, world=2, rank=1, line="iter 6/18 | loss", kind="eval", eval_iters=40, batch_size=1
     )
 
 
 @fault("SIGUSR1 in an evaluation")
 def sigusr1_in_evaluation(lab: Lab) -> Case:
-    return _signalled(lab, signal.SIGUSR1, line="iter 6/18 | loss", kind="eval", eval_iters=200, batch_size=1)
+    return _signalled(lab, signal.SIGUSR1, line="iter 6/18 | loss", kind="eval", eval_iters=80, batch_size=1)
 
 
 @fault("SIGINT in a sample")
