@@ -393,7 +393,7 @@ def sigint_in_sample(lab: Lab) -> Case:
 
 @fault("SIGINT, and again while the iteration lasts")
 def second_sigint(lab: Lab) -> Case:
-    case = lab.case(grad_accum_steps=300, max_iters=3, lr_decay_iters=3, save_every=1, eval_interval=0)
+    case = lab.case(grad_accum_steps=60, max_iters=3, lr_decay_iters=3, save_every=1, eval_interval=0)
     start = case.start()
     start.until_line("checkpoint")
     start.signal(0, signal.SIGINT)
@@ -859,6 +859,8 @@ def run(out: Path, only: str, markdown: Path | None, say: Callable[[str], None])
         begin = time.monotonic()
         row = _row(name, lab)
         rows.append(row)
+        if markdown is not None:
+            write_table([row], markdown)
         say(f"{'ok    ' if not row.unmet else 'FAILED'} {name} ({time.monotonic() - begin:.0f} s)")
         for text in (row.happened, row.kept, row.message, *(f"unmet: {each}" for each in row.unmet)):
             if text:
@@ -866,8 +868,6 @@ def run(out: Path, only: str, markdown: Path | None, say: Callable[[str], None])
     (out / "faults.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
     failed = sum(bool(row.unmet) for row in rows)
     say(f"{len(rows)} faults, {failed} with something unmet")
-    if markdown is not None:
-        write_table(rows, markdown)
     return int(failed > 0)
 
 
