@@ -13,6 +13,7 @@ Whatever happens before that leaves the checkpoints before it alone.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -200,7 +201,7 @@ class Checkpoints:
         for path in (self.folder / name for name in reversed(published)):
             defect = self.defect(path)
             if defect is None:
-                from_first(lambda: [_rename_over(each, _DAMAGED) for each, _ in damaged], self.world)
+                from_first(functools.partial(self._choose, path, [each for each, _ in damaged]), self.world)
                 notes += [
                     f"checkpoint {d}: {why}; put aside as {d.name}{_DAMAGED}, the one before it is used"
                     for d, why in damaged
@@ -232,6 +233,16 @@ class Checkpoints:
                 shutil.rmtree(path)
                 notes.append(f"checkpoint {final} was never finished: removed")
         return notes
+
+    def _choose(self, path: Path, damaged: list[Path]) -> None:
+        """Put damaged checkpoints aside, and do what a kill between a rename and its pointers has left out."""
+        for each in damaged:
+            _rename_over(each, _DAMAGED)
+        for name in ("latest", "best"):
+            (self.folder / (name + _UNFINISHED)).unlink(missing_ok=True)
+        for name in ("latest", "best") if self.read_state(path).get("is_best") else ("latest",):
+            if self._pointer(name) != path.name:
+                write_atomically(self.folder / name, path.name + "\n")
 
     def read_state(self, path: Path) -> dict[str, Any]:
         """The small part of a checkpoint: iteration, loader, best loss, arguments.
@@ -344,7 +355,7 @@ class Checkpoints:
         try:
             texts = {
                 METADATA_FILE: json.dumps(self._staging.metadata),
-                STATE_FILE: json.dumps({"format": FORMAT, **write.state}, indent=2) + "\n",
+                STATE_FILE: json.dumps({"format": FORMAT, **write.state, "is_best": write.is_best}, indent=2) + "\n",
             }
             sums = {part["file"]: part["sha256"] for part in parts}
             for name, text in texts.items():
