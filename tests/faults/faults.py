@@ -7,12 +7,15 @@ options that nobody disturbed.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,7 +27,6 @@ import ranks
 from ranks import Start
 
 OPTIONS = {"max_iters": 18, "lr_decay_iters": 18, "save_every": 6, "eval_interval": 6, "keep_last_n": 3}
-NOBODY = 65534
 SOON = 60.0  # seconds in which a run that is told to end, or whose other rank has died, has to have ended
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
@@ -426,7 +428,7 @@ def _not_finite(from_iteration: int, count: int, on_rank: int) -> Callable[[int]
             if not from_iteration <= iteration < from_iteration + count:
                 return step(self, batches, iteration, *args, **kwargs)
             hook = self.model.register_forward_hook(
-                lambda _module, _inputs, out: dataclasses.replace(out, loss=out.loss * float("nan"))
+                lambda _module, _inputs, out: out._replace(loss=out.loss * float("nan"))
             )
             try:
                 return step(self, batches, iteration, *args, **kwargs)
@@ -497,14 +499,14 @@ def _unmount(disk: Path) -> None:
 def _fill(disk: Path, leave: int) -> Path:
     """A file beside the run that leaves so many bytes free."""
     ballast = disk / "ballast"
-    with open(ballast, "ab") as file:
-        free = os.statvfs(disk)
-        for size in (free.f_bavail * free.f_frsize - leave, *([4096] * 64 if not leave else [])):
-            try:
-                file.write(bytes(max(size, 0)))
-                file.flush()
-            except OSError:  # it is full
-                break
+    free = os.statvfs(disk)
+    file = os.open(ballast, os.O_WRONLY | os.O_CREAT)
+    try:
+        for size in (max(free.f_bavail * free.f_frsize - leave, 0), *([] if leave else [4096] * 64)):
+            with contextlib.suppress(OSError):  # it is full
+                os.write(file, bytes(size))
+    finally:
+        os.close(file)
     return ballast
 
 
@@ -569,20 +571,15 @@ def full_disk_for_logs(lab: Lab) -> Case:
         _unmount(disk)
 
 
+def _without_privileges(_rank: int) -> None:
+    """For `Start.prepare`: nothing is read-only to root, unless it gives up its capabilities (capset(2))."""
+    ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+
+
 @fault("out_dir made read-only, to the end of the run")
 def read_only(lab: Lab) -> Case:
     case = lab.case()
-    case.out_dir.mkdir()
-    as_nobody = None
-    if os.geteuid() == 0:  # whom nothing is read-only to
-        os.chown(case.out_dir, NOBODY, NOBODY)
-
-        def as_nobody(_rank: int) -> None:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-
-    start = case.start(as_nobody)
+    start = case.start(_without_privileges)
     start.until_line("step_00000006")
     folders = [case.out_dir, case.out_dir / "ckpt"]
     for folder in folders:
@@ -849,9 +846,6 @@ def run(out: Path, only: str, markdown: Path | None, say: Callable[[str], None])
     """Inject every fault in whose name `only` is found, print and write the table; returns the exit status."""
     ranks.import_everything()
     out.mkdir(parents=True)
-    for folder in (out, *out.parents):  # a rank that is nobody in particular has to get there
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
     lab, rows = Lab(out), []
     for name in FAULTS:
         if not re.search(only, name):

@@ -418,6 +418,9 @@ def apart(one: Path, other: Path, iteration: int) -> list[str]:
     states = [json.loads((folder / "state.json").read_text()) for folder in folders]
     keys = ("iteration", "loader", "undone", "val_loss", "best_val_loss", "scaler", "ranks")
     differences += [f"state.json: {k}: {states[0][k]} and {states[1][k]}" for k in keys if states[0][k] != states[1][k]]
+    for name in ("latest", "best"):
+        x, y = ((out_dir / "ckpt" / name).read_text().strip() for out_dir in (one, other))
+        differences += [f"ckpt/{name}: {x} and {y}"] if x != y else []
     for kind in ("train", "eval", "sample"):
         x, y = (records(out_dir, kind) for out_dir in (one, other))
         iterations = [r["iter"] for r in y]
