@@ -463,7 +463,7 @@ def not_a_number_for_good(lab: Lab) -> Case:
     case = lab.case(2)
     start = case.start(_not_finite(7, 1000, on_rank=1))
     case.ended(start, 2, seconds=ranks.LONG)
-    case.says("in a row")
+    case.says("iterations in a row")
     message = case.message
     newest = case.newest(17)
     if newest:
