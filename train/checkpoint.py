@@ -286,6 +286,8 @@ class Checkpoints:
 
         A pointer to what is damaged goes back, too.
         """
+        for name in ("latest", "best"):
+            (self.folder / (name + _UNFINISHED)).unlink(missing_ok=True)
         if self._pointer("latest") != newest.name:
             write_atomically(self.folder / "latest", newest.name + "\n")
         best = self._pointer("best")

@@ -199,6 +199,17 @@ def test_killed_between_the_two_renames_of_a_replacement(run, folder):
     assert not list(folder.glob("*.old"))
 
 
+def test_killed_between_a_checkpoints_rename_and_its_pointers(run, folder):
+    """`best` would name another one for ever: the loss to beat is in the checkpoint that is gone on from."""
+    assert [(folder / name).read_text() for name in ("latest", "best")] == ["step_00000012\n"] * 2
+    (folder / "latest").write_text("step_00000008\n")
+    (folder / "best").unlink()
+    (folder / "latest.tmp").write_text("step_000")
+    assert command.train(run) == 0
+    assert [(folder / name).read_text() for name in ("latest", "best")] == ["step_00000012\n"] * 2
+    assert not list(folder.glob("*.tmp"))
+
+
 def test_a_run_that_never_had_a_checkpoint_begins_again(whole, tmp_path, monkeypatch):
     killed = dataclasses.replace(whole, out_dir=str(tmp_path / "killed"))
 
