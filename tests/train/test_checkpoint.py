@@ -434,6 +434,18 @@ def test_pruning_comes_after_the_new_one_is_safe(run, folder, monkeypatch):
     assert sorted(p.name for p in folder.glob("step_*")) == sorted({best, "step_00000016"})
 
 
+def test_so_many_checkpoints_are_kept(small_run):
+    trainer = Trainer(small_run(keep_last_n=5), ONE, CPU)
+    checkpoints = trainer.checkpoints
+    for iteration in range(1, 9):
+        checkpoints.save(trainer.model, trainer.engine.optimizer, {"iteration": iteration}, CPU, is_best=iteration == 2)
+        checkpoints.finish()
+        kept = [int(path.name[-8:]) for path in checkpoints.complete()]
+        newest = range(max(1, iteration - 4), iteration + 1)
+        assert kept == sorted({*newest, *([2] if iteration >= 2 else [])})
+    trainer.loader.close()
+
+
 def test_old_checkpoints_that_cannot_be_removed_fail_no_save(whole, tmp_path, monkeypatch):
     def refuse(path, ending):
         raise OSError(errno.EACCES, "Permission denied", str(path))
