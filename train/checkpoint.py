@@ -57,6 +57,8 @@ _STEP = re.compile(r"step_\d{8}")
 _UNFINISHED, _OLD, _DAMAGED = ".tmp", ".old", ".damaged"
 # What comes of files that are whole and hold something else than a checkpoint.
 _BROKEN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+_OF_THE_DISK = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)  # what a damaged disk or folder answers
+_SLOWEST = 10e6  # bytes a second; a disk that is slower is taken to hang
 _FULL_BELOW = 1 << 20  # bytes free; a disk with less is a full one
 
 
@@ -195,13 +197,21 @@ class Checkpoints:
         Every rank calls this and looks at its share of the files; all get the same answer.
 
         Raises:
-            InputError: it is of a format that this version does not read.
+            InputError: it is of a format that this version does not read, or cannot be read for a reason that need not
+                last (no permission, a server that is away): it may well be sound.
         """
+        found, unread = None, None
         try:
             found = self._defect_of_share(path)
         except OSError as error:
-            found = f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-        return next((each for each in gathered(found, self.world) if each), None)
+            reason = f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+            found, unread = (reason, None) if error.errno in _OF_THE_DISK else (None, reason)
+        found, unread = (
+            next(filter(None, each), None) for each in zip(*gathered((found, unread), self.world), strict=True)
+        )
+        if unread:
+            raise InputError(f"checkpoint {path}: {unread}; nothing was changed")
+        return found
 
     def _defect_of_share(self, path: Path) -> str | None:
         if not (path / SUMS_FILE).exists():
@@ -270,7 +280,7 @@ class Checkpoints:
         notes = []
         for path in sorted(self.folder.glob("step_*.*")):
             final = path.with_name(path.name.partition(".")[0])
-            if not _STEP.fullmatch(final.name):
+            if not _STEP.fullmatch(final.name) or path.is_symlink():
                 continue
             if path.suffix == _OLD and (path / SUMS_FILE).exists() and not final.exists():
                 os.rename(path, final)  # killed between the two renames of a replacement
@@ -459,7 +469,9 @@ class Checkpoints:
         surplus = old[: max(0, len(old) + 1 - self.keep_last_n)] if self.keep_last_n else []
         self._join_removal()
         for path in surplus:
-            if path.name != best:
+            if path.name != best and path.is_symlink():
+                path.unlink()  # where it leads is somebody else's
+            elif path.name != best:
                 _rename_over(path, _OLD)
         doomed = list(self.folder.glob(f"step_*{_OLD}"))
         for path in doomed:
@@ -474,9 +486,12 @@ class Checkpoints:
             self._removal = None
 
     def _wait(self) -> None:
+        """Until this rank's part is on the disk. `waiting` is called for as long as a slow disk would take."""
+        patience = 60 + self._staging.bytes / _SLOWEST
         while self.writing:
             self._write.thread.join(1.0)
-            self.waiting()
+            if time.perf_counter() - self._write.begun < patience:
+                self.waiting()
 
     def finish(self) -> Published | None:
         """Wait for a checkpoint on its way and publish it; as `settle`."""

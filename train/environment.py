@@ -25,8 +25,12 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def restarted() -> str | None:
-    """Whether a launcher repeats a start of its own, by which variable: torchrun after a failure, Slurm's requeue."""
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+    """Whether a launcher repeats a start of its own, by which variable: torchrun after a failure, Slurm's requeue.
+
+    torchrun's count is asked only where it has no name for its launch: a first start that ended before it had begun
+    anything is counted, too.
+    """
+    for name in ("SLURM_RESTART_COUNT", *(() if launch_id() else ("TORCHELASTIC_RESTART_COUNT",))):
         count = os.environ.get(name, "")
         if count.isdecimal() and int(count) > 0:
             return f"{name} {count}"

@@ -79,10 +79,11 @@ class Trainer:
 
         self.iteration = 0
         self.val_loss = self.best_val_loss = math.inf
+        self.evaluated_at: int | None = None  # the iteration of val_loss
         self.undone = ["evaluate"] if config.eval_interval else []  # what is due at this iteration, in order
         self._ready: list[Batch] = []  # of the next iteration
         self._ready_from: dict[str, Any] = {}  # where in the data they begin
-        self._saved_at: int | None = None  # the iteration of the newest checkpoint, published or not yet
+        self._saved: tuple[int, list[str]] | None = None  # iteration and undone of the newest checkpoint, or on its way
         self._retry_at: int | None = None  # when to try again to write one
         self.counters: dict[str, Any] = {"skipped": 0, "skipped_in_a_row": 0}  # a part of the checkpoint
         self.signals = StopSignals()
@@ -253,7 +254,7 @@ class Trainer:
                 counts = counts + out.stats.expert_counts
             total, count = all_sum(sums, self.world).tolist()
             counts = all_sum(counts, self.world).double()
-        self.val_loss = total / count
+        self.val_loss, self.evaluated_at = total / count, self.iteration
         share = {"expert_share": counts / counts.sum(-1, keepdim=True)} if self.config.log_router_stats else {}
         self.log.metrics("eval", self.iteration, loss=self.val_loss, **share)
         best = " (best)" if self.val_loss < self.best_val_loss else ""
@@ -300,17 +301,20 @@ class Trainer:
         return self._poll()
 
     def save(self) -> None:
-        """Begin a checkpoint of this iteration; `best` names it when its validation loss is the lowest so far.
+        """Begin a checkpoint of this iteration; `best` names it when its validation loss is the lowest of any so far.
 
         One that cannot be written is reported; training goes on, and the next attempt comes soon.
         """
         self.finish_save()
-        is_best, previous_best = self.val_loss < self.best_val_loss, self.best_val_loss
-        self.best_val_loss = min(self.best_val_loss, self.val_loss)
+        is_best = self.evaluated_at == self.iteration and self.val_loss < self.best_val_loss
+        self._best_if_lost = self.best_val_loss
+        self.best_val_loss = self.val_loss if is_best else self.best_val_loss
+        undone = self._undone_when_saved()
         state = {
             "iteration": self.iteration,
             "loader": self.position,
-            "undone": [] if self.undone == ["save"] else self.undone,
+            "undone": undone,
+            "evaluated_at": self.evaluated_at,
             "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             "scaler": self.engine.scaler.state_dict(),
@@ -322,8 +326,7 @@ class Trainer:
             "arguments": dataclasses.asdict(self.config) | {"fresh": False},
             "code": self.code,
         }
-        self._best_if_lost = previous_best
-        self._saved_at, self._retry_at = self.iteration, None
+        self._saved, self._retry_at = (self.iteration, undone), None
         with self._timed("save"):
             try:
                 self.checkpoints.save(self.model, self.engine.optimizer, state, self.device, is_best=is_best)
@@ -362,7 +365,7 @@ class Trainer:
 
     def _save_failed(self, error: OSError) -> None:
         """Training need not end for want of a checkpoint: it has what is to be written, and tries again soon."""
-        self._saved_at, self.best_val_loss = None, self._best_if_lost
+        self._saved, self.best_val_loss = None, self._best_if_lost
         self._save_error = error
         self._retry_at = self.iteration + max(1, self.config.save_every // 10)
         try:
@@ -398,7 +401,8 @@ class Trainer:
                 )
         self.loader.load_state_dict(known["loader"])
         state = self.checkpoints.load(path, self.model, self.engine.optimizer, self.device)
-        self.iteration = self._saved_at = state["iteration"]
+        self.iteration, self.evaluated_at = state["iteration"], state["evaluated_at"]
+        self._saved = self.iteration, state["undone"]
         intervals = {"evaluate": self.config.eval_interval, "sample": self.config.sample_every, "save": 1}
         self.undone = [name for name in state["undone"] if intervals[name]]
         self.val_loss, self.best_val_loss = (
@@ -511,6 +515,10 @@ class Trainer:
         try:
             with self.signals:
                 return self._run()
+        except Exception:
+            if self.world.size == 1:  # what is on its way to the disk need not be lost with the run
+                self.finish_save()
+            raise
         finally:
             self.loader.close()
 
@@ -532,15 +540,15 @@ class Trainer:
         begin, logged = time.perf_counter(), self.iteration
         while self.iteration < config.max_iters and not self._poll(self._read_ahead()):
             step = self.train_step()
+            saving = self._due(config.save_every) or self.iteration in (self._retry_at, config.max_iters)
+            due = (self._due(config.eval_interval), self._due(config.sample_every), saving)
+            self.undone = list(itertools.compress(("evaluate", "sample", "save"), due))
             self._check_numbers(step)
             if self._due(config.log_interval):
                 now = time.perf_counter()
                 self._log_step(step, self.iteration - logged, now - begin)
                 begin, logged = now, self.iteration
                 self.seconds.clear()
-            saving = self._due(config.save_every) or self.iteration in (self._retry_at, config.max_iters)
-            due = (self._due(config.eval_interval), self._due(config.sample_every), saving)
-            self.undone = list(itertools.compress(("evaluate", "sample", "save"), due))
             self._do_due()
         self._save_for_good()
         if self.stopping:
@@ -555,16 +563,20 @@ class Trainer:
             if not self.stopping:
                 self.undone.pop(0)
 
+    def _undone_when_saved(self) -> list[str]:
+        """What is due at this iteration, in a checkpoint of it; saving is done by then, and again only after others."""
+        return [] if self.undone == ["save"] else list(self.undone)
+
     def _save_for_good(self) -> None:
         """Have a checkpoint of this iteration on the disk.
 
         Raises:
             InputError: it could not be written.
         """
-        if self.iteration and self._saved_at != self.iteration:
+        if self.iteration and self._saved != (self.iteration, self._undone_when_saved()):
             self.save()
         self.finish_save()
-        if self.iteration and self._saved_at != self.iteration:
+        if self.iteration and self._saved is None:
             error = self._save_error
             raise InputError(f"{error.filename}: {error.strerror}; the last whole checkpoint stays") from error
 

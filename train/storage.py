@@ -11,6 +11,8 @@ memory, which is all that training has to wait for, and writes them later, from 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -50,6 +52,9 @@ def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems have no such thing for folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -132,6 +137,11 @@ class Staging(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return True
 
+    @property
+    def bytes(self) -> int:
+        """Of what is staged."""
+        return sum(tensor.nbytes for tensor in self._staged.values())
+
     def write(self, folder: Path, extra: dict[str, Tensor]) -> dict[str, Any]:
         """Write the staged tensors and `extra` into a folder, made if need be; on the disk when this returns.
 
@@ -143,7 +153,10 @@ class Staging(StorageWriter):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.file
         save_file({**self._staged, **extra}, path)
-        path.chmod(folder.stat().st_mode & 0o666)  # which safetensors gives to its owner alone
+        with contextlib.suppress(
+            OSError
+        ):  # some file systems have no modes; safetensors gives files to their owner alone
+            path.chmod(folder.stat().st_mode & 0o666)
         sync_file(path)
         return {"file": self.file, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 

@@ -181,6 +181,17 @@ def test_a_new_run_does_not_begin_beside_checkpoints_of_another(run, folder):
     assert len(list(folder.glob("step_*"))) == 3
 
 
+def test_what_cannot_be_read_today_is_not_taken_for_damaged(run, folder, monkeypatch):
+    def refused(path):
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        patch.setattr(checkpoint_module, "sha256_of", refused)
+        command.train(run)
+    assert not list(folder.glob("*.damaged")) and len(list(folder.glob("step_*"))) == 3
+    assert command.train(run) == 0
+
+
 def test_what_was_never_finished_is_removed_and_said(run, folder):
     half = folder / "step_00000016.tmp-0123abcd"
     half.mkdir()

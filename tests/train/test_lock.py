@@ -257,6 +257,22 @@ def test_a_repetition_of_a_fresh_start_goes_on(small_run, monkeypatch, variable)
     assert "resuming from" in log and iterations(config) == [1, 2, 3, 4]
 
 
+def test_a_launch_that_begins_anew_does_so_also_after_a_start_that_has_begun_nothing(small_run, monkeypatch):
+    """torchrun counts a start, too, that ended before it had removed the run of another launch."""
+    config = small_run(max_iters=2, save_every=2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert command.train(config) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    fresh = dataclasses.replace(config, fresh=True, max_iters=3)
+    for _ in range(2):  # and a node that joins gives the same command again, with no count
+        assert command.train(fresh) == 0
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    log = (Path(config.out_dir) / "logs.txt").read_text()
+    assert "iter 2/2" not in log and "--fresh is ignored: this start is a repetition (TORCHELASTIC_RUN_ID two)" in log
+    assert iterations(config) == [1, 2, 3]
+
+
 def test_an_out_dir_that_cannot_be_made_is_one_line(small_run, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert command.main(flags_of(small_run(out_dir=str(tmp_path / "file/run")))) == 2

@@ -128,7 +128,7 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(small_run, monkeypatch)
     losses = iter([9.0, 3.0, 4.0, 5.0, 6.0, 7.0])
 
     def evaluate(self):
-        self.val_loss = next(losses)
+        self.val_loss, self.evaluated_at = next(losses), self.iteration
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     config = small_run(max_iters=10, eval_interval=2, save_every=2, keep_last_n=2)

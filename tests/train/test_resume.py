@@ -240,3 +240,37 @@ def test_a_stop_at_any_point_changes_nothing(alone, tmp_path, monkeypatch, point
     assert_same_end(config, alone, 12)
     for file in ("ckpt/best", "ckpt/latest", "samples/iter_00000006.txt", "samples/iter_00000012.txt"):
         assert (Path(config.out_dir) / file).read_text() == (Path(alone.out_dir) / file).read_text(), file
+
+
+def test_two_stops_in_a_row_do_nothing_twice(alone, tmp_path, monkeypatch):
+    """In the evaluation of iteration 6, and, when the run goes on, in its sample."""
+    config = dataclasses.replace(alone, out_dir=str(tmp_path / "run"))
+    for point in ("an evaluation", "a sample"):
+        owner, name, count = POINTS[point]
+        calls, function = [], getattr(owner, name)
+
+        def stopped(*args, calls=calls, count=count, function=function, **kwargs):
+            calls.append(args)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stopped)
+            assert command.train(config) == 128 + signal.SIGTERM
+    assert command.train(config) == 0
+    for kind in ("train", "eval", "sample"):
+        assert records(config, kind) == records(alone, kind)
+    assert_same_end(config, alone, 12)
+    assert (Path(config.out_dir) / "ckpt/best").read_text() == (Path(alone.out_dir) / "ckpt/best").read_text()
+
+
+def test_best_is_a_checkpoint_that_was_evaluated(small_run):
+    """Not one whose loss is that of an iteration before it."""
+    config = small_run(eval_interval=4, save_every=3)
+    assert command.train(config) == 0
+    states = {p.parent.name: json.loads(p.read_text()) for p in Path(config.out_dir).glob("ckpt/step_*/state.json")}
+    assert {name[-2:]: state["is_best"] for name, state in states.items()} == {
+        "03": False, "06": False, "09": False, "12": True,
+    }  # fmt: skip
+    assert (Path(config.out_dir) / "ckpt/best").read_text() == "step_00000012\n"
