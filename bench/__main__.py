@@ -12,6 +12,7 @@ COMMANDS = {
     "layer": ("layer", "one MoE layer, forward and backward, against every peer that is installed: time, memory"),
     "throughput": ("throughput", "training steps of a preset, split into their parts, against peers and the targets"),
     "memory": ("memory", "peak memory of a training step by kind, counted under fake tensors; the largest batch"),
+    "checkpoint": ("checkpoint", "saving and loading: what training waits for, bandwidth, the share of training time"),
     "compile": ("compile_only", "compile the kernels for GPUs that are not at hand; registers, spills, instructions"),
     "traffic": ("traffic", "memory traffic and launches of a layer's kernels, counted in Triton's interpreter"),
     "roofline": ("roofline", "what cards could do at best, projected: launches, steps, scaling, days, dollars"),

@@ -24,6 +24,7 @@ LESS_IS_BETTER = {
     "layer": ("peak_bytes", "saved_bytes"),
     "throughput": ("memory",),
     "memory": ("total", "reserved"),
+    "checkpoint": ("bytes",),
     "compile": ("registers", "stack", "spill_loads", "spill_stores", "shared"),
     "traffic": ("bytes.forward", "bytes.backward"),
     "modes": ("val_loss",),

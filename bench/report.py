@@ -59,6 +59,7 @@ SECTIONS = (
     Section("Training steps against peers", ("throughput",), STEPS, "throughput", tables.throughput),
     Section("Scaling over ranks", ("throughput",), f"{STEPS} --ranks 1 2", "throughput", tables.scaling),
     Section("The guide's targets", ("targets",), STEPS, "throughput", tables.targets),
+    Section("Checkpoints", ("checkpoint",), "moe-bench checkpoint --preset small", "checkpoint", tables.checkpoint),
     Section("Kernels", ("kernels",), "moe-bench kernels", "kernels", tables.kernels),
     Section("Roofline, projected", ("roofline", "kernels"), "moe-bench roofline", "roofline", counted.roofline),
     Section("Memory of a training step", ("memory",), "moe-bench memory", "memory", counted.memory),

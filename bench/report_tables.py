@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_engine.bench.checkpoint import split
 from moe_engine.bench.compare import flat
 from moe_engine.bench.ranks import SHARED_CORES
 
@@ -192,6 +193,28 @@ def _scaling_line(row: Row, first: Row) -> list[str]:
     ranks, fewest = row["settings"].get("ranks", 1), first["settings"].get("ranks", 1)
     share = None if rate is None or base is None else (rate / ranks) / (base / fewest)
     return [row["name"], str(ranks), number(row["p50"], 1e3), number(rate, 1, ",.0f"), number(share, 100, ".0f") + " %"]
+
+
+def checkpoint(page: Page, rows: Rows) -> None:
+    """Saving and loading: times, bandwidth, and the share of training time."""
+    page.add(
+        "Saves beside real training steps; a checkpoint came back bit for bit before anything was timed. `stall`: what",
+        "training waits for. The share of training time is **derived** from the measured stall, the slowdown of the",
+        "steps beside the writing, and `save_every` steps.",
+    )
+    for title, run in groups(rows).items():
+        page.add(f"**{title}**")
+        headings = ("", "p50 s", "p20 to p80 s", "band", "GB", "GB/s", "of it, s")
+        page.table(headings, map(_checkpoint_line, timed(run)))
+        shares = [row for row in run if row.get("derived")]
+        page.add(*(f"- {r['name']}: {r['share']:.2%}, target < {r['target']:.0%}: {r['verdict']}" for r in shares))
+
+
+def _checkpoint_line(row: Row) -> list[str]:
+    spread = f"{number(row.get('p20'))} to {number(row.get('p80'))}"
+    sizes = [number(row.get(name), 1e-9, ".2f") for name in ("bytes", "bandwidth")]
+    band = f"± {number(row.get('band'), 100, '.0f')} %"
+    return [row["name"], number(row["p50"]), spread, band, *sizes, split(row) or NONE]
 
 
 def kernels(page: Page, rows: Rows) -> None:

@@ -78,3 +78,6 @@ TRAINING_TIMES = (
     TrainingTime(100e9, 8, (60, 100), (500, 1500)),
 )
 """None of them can be kept: see `moe-bench roofline`."""
+
+SAVING_SHARE = 0.05
+"""Of training time, what checkpoints may cost at the preset's default `save_every`."""

@@ -85,7 +85,7 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
                 f"--out_dir {out_dir}: holds a run of another configuration ({'; '.join(changed)}); "
                 "choose another folder, or --fresh to start over"
             )
-    elif out_dir.exists() and not {p.name for p in out_dir.iterdir()} <= {LOCK_FILE, "stacks"} and not config.fresh:
+    elif out_dir.exists() and not config.fresh and not all(map(_of_a_begun_run, out_dir.iterdir())):
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
     goes_on = written.exists() and not config.fresh
     if not goes_on and world.is_main and any((out_dir / "ckpt").glob("step_*")):
@@ -94,6 +94,13 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
             "remove them, or choose another folder"
         )
     return goes_on
+
+
+def _of_a_begun_run(path: Path) -> bool:
+    """Whether it is what a run has made, or not removed yet, when it ends with no CONFIG_FILE there."""
+    empty = ("logs.txt", "metrics.jsonl")
+    names = (LOCK_FILE, "stacks", f"{CONFIG_FILE}.tmp", ENV_FILE, f"{ENV_FILE}.tmp")
+    return path.name in names or (path.name in empty and path.stat().st_size == 0)
 
 
 def repetition_of(out_dir: Path) -> str | None:

@@ -286,6 +286,8 @@ class Checkpoints:
 
         A pointer to what is damaged goes back, too.
         """
+        for name in ("latest", "best"):
+            (self.folder / (name + _UNFINISHED)).unlink(missing_ok=True)
         if self._pointer("latest") != newest.name:
             write_atomically(self.folder / "latest", newest.name + "\n")
         best = self._pointer("best")
@@ -454,7 +456,7 @@ class Checkpoints:
         """Take the names of old checkpoints away now, and remove their files beside training."""
         best = self._pointer("best")
         old = [path for path in self.complete() if path != newest]
-        surplus = old[: len(old) + 1 - self.keep_last_n] if self.keep_last_n else []
+        surplus = old[: max(0, len(old) + 1 - self.keep_last_n)] if self.keep_last_n else []
         self._join_removal()
         for path in surplus:
             if path.name != best:

@@ -78,6 +78,9 @@ def rows():
         result("targets", "8b_1x80gb.toml", {"old": 1}, day="2025-01-01", measured=1.0, target=2.0, verdict="FAIL"),
         result("targets", "8b_8x80gb.toml", {}, measured=9.0, target=3.0, verdict="PASS", scaled=True),
         result("targets", "8b_1x40gb.toml", {}, target=1000.0, moonshot=1e4, verdict="not checked: no GPU"),
+        result("checkpoint", "stall", STEP, **TIMED, first=0.02, parts={"plan": 0.002, "copy": 0.008}),
+        result("checkpoint", "load", STEP, **TIMED, bytes=2e9, bandwidth=2e11, parts=None),
+        result("checkpoint", "share of training time", STEP, derived=True, share=0.0123, target=0.05, verdict="PASS"),
         result("kernels", "gate, triton", LAYER, **TIMED, fraction=0.5, flops=1e6, bytes=1e6, status="ok"),
         result("kernels", "gate, torch", LAYER, **TIMED | {"p50": 0.02}, fraction=0.25, status="ok"),
         result("kernels", "ceiling, copy", {}, **TIMED, bytes=1e6, status="ok"),
@@ -125,6 +128,11 @@ def test_every_table(page):
     assert "| 8b_1x40gb.toml | a card | – | 1,000 | – | 10,000 | – | not checked: no GPU |" in targets
     assert "| 8b_8x80gb.toml | a card | 9 | 3* | 3.00 | – | – | PASS |" in targets and "scaled by the peaks" in targets
     assert "FAIL" not in targets and "impossible" in targets
+    checkpoints = section(text, "Checkpoints")
+    of_it = "plan 0.002, copy 0.008; the first save's 0.02"
+    assert f"| stall | 0.01 | 0.0098 to 0.0103 | ± 6 % | – | – | {of_it} |" in checkpoints
+    assert "| load | 0.01 | 0.0098 to 0.0103 | ± 6 % | 2.00 | 200.00 | – |" in checkpoints
+    assert "- share of training time: 1.23%, target < 5%: PASS" in checkpoints and "derived" in checkpoints
     kernels = section(text, "Kernels")
     assert "| gate | 10 ± 6 % | 50% | 20 ± 6 % | 25% |" in kernels
     assert "- ceiling, copy: 0.1 GB/s (a card)" in kernels

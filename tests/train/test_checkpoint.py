@@ -199,6 +199,17 @@ def test_killed_between_the_two_renames_of_a_replacement(run, folder):
     assert not list(folder.glob("*.old"))
 
 
+def test_killed_between_a_checkpoints_rename_and_its_pointers(run, folder):
+    """`best` would name another one for ever: the loss to beat is in the checkpoint that is gone on from."""
+    assert [(folder / name).read_text() for name in ("latest", "best")] == ["step_00000012\n"] * 2
+    (folder / "latest").write_text("step_00000008\n")
+    (folder / "best").unlink()
+    (folder / "latest.tmp").write_text("step_000")
+    assert command.train(run) == 0
+    assert [(folder / name).read_text() for name in ("latest", "best")] == ["step_00000012\n"] * 2
+    assert not list(folder.glob("*.tmp"))
+
+
 def test_a_run_that_never_had_a_checkpoint_begins_again(whole, tmp_path, monkeypatch):
     killed = dataclasses.replace(whole, out_dir=str(tmp_path / "killed"))
 
@@ -330,6 +341,21 @@ def test_a_full_disk_ends_no_run_and_keeps_the_last_checkpoint(whole, tmp_path, 
     assert_same_data(config, whole, 12)
 
 
+def test_the_best_one_that_could_not_be_written_is_the_best_when_it_is(small_run, monkeypatch):
+    save_file, calls = storage.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(storage, "save_file", full)
+    config = small_run(max_iters=8, async_save=False)
+    assert command.train(config) == 0
+    assert json.loads((Path(config.out_dir) / "ckpt/step_00000007/state.json").read_text())["is_best"]
+
+
 def test_a_disk_that_is_gone_for_a_while_ends_no_run(whole, tmp_path, monkeypatch):
     """Not even its folders can be listed then."""
     config = dataclasses.replace(whole, out_dir=str(tmp_path / "gone"))
@@ -419,7 +445,8 @@ def test_data_is_on_the_disk_before_the_checkpoint_has_its_name(small_run, monke
     before, after = events[:published], events[published + 1 :]
     for name in ("ckpt_rank00000.safetensors", "metadata.json.tmp", "state.json.tmp", "SHA256SUMS.tmp"):
         assert f"sync {name}" in before
-    assert after[0] == "sync ckpt" and after.index("sync latest.tmp") > 0
+    assert after[0] == "sync ckpt" and 0 < after.index("sync latest.tmp") < after.index("sync best.tmp")
+    assert not {"sync latest.tmp", "sync best.tmp"} & set(before)
 
 
 def test_pruning_comes_after_the_new_one_is_safe(run, folder, monkeypatch):
@@ -432,6 +459,18 @@ def test_pruning_comes_after_the_new_one_is_safe(run, folder, monkeypatch):
     assert order.index("prune") > order.index("ckpt")
     best = (folder / "best").read_text().strip()
     assert sorted(p.name for p in folder.glob("step_*")) == sorted({best, "step_00000016"})
+
+
+def test_so_many_checkpoints_are_kept(small_run):
+    trainer = Trainer(small_run(keep_last_n=5), ONE, CPU)
+    checkpoints = trainer.checkpoints
+    for iteration in range(1, 9):
+        checkpoints.save(trainer.model, trainer.engine.optimizer, {"iteration": iteration}, CPU, is_best=iteration == 2)
+        checkpoints.finish()
+        kept = [int(path.name[-8:]) for path in checkpoints.complete()]
+        newest = range(max(1, iteration - 4), iteration + 1)
+        assert kept == sorted({*newest, *([2] if iteration >= 2 else [])})
+    trainer.loader.close()
 
 
 def test_old_checkpoints_that_cannot_be_removed_fail_no_save(whole, tmp_path, monkeypatch):

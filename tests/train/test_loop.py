@@ -189,6 +189,18 @@ def test_a_folder_of_something_else_is_left_alone(small_run, tmp_path):
     assert [p.name for p in out.iterdir()] == ["chapter.txt"]
 
 
+def test_a_run_killed_before_its_configuration_was_written_begins_again(small_run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "logs.txt").touch()
+    (out / "metrics.jsonl").touch()
+    (out / "config.toml.tmp").write_text("data_di")
+    assert command.train(small_run(out_dir=str(out), max_iters=1)) == 0
+    (out / "config.toml").unlink()  # now the logs hold something
+    with pytest.raises(InputError, match="not empty and no run folder"):
+        command.train(small_run(out_dir=str(out), max_iters=1))
+
+
 def spoil(monkeypatch, iterations):
     """Make the gradient of these iterations not finite."""
     losses, train_step, now = Engine._losses, Trainer.train_step, []
