@@ -13,6 +13,7 @@ that was stopped and continued looks like a rank that hangs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -141,7 +142,7 @@ class Liveness:
         self.interval = min(_INTERVAL, timeout / 10) if interval is None else interval
         self.lost: RankLost | None = None
         self._store, self._keeper, self._leave = store, keeper, leave
-        self._store_lost = False
+        self._store_lost = self._store_silent = False
         self._me = Beat(0, 0, 0, "start", os.getpid(), socket.gethostname(), _machine())
         others = [rank for rank in range(world.size) if rank != world.rank] if store else []
         self.peers = {rank: Peer(rank, self._me.machine) for rank in others}
@@ -305,18 +306,38 @@ class Liveness:
             if self._keeper in self.peers and self.peers[self._keeper].gone():
                 self._store_lost = True
                 return
-            try:
-                self._store.set(str(self.world.rank), json.dumps(dataclasses.asdict(self._me)))
-                known = [rank for rank, peer in self.peers.items() if peer.beat or self._store.check([str(rank)])]
-                texts = self._store.multi_get([str(rank) for rank in known]) if read and known else []
-            except (
-                RuntimeError
-            ):  # DistNetworkError, DistStoreError: whoever kept it is gone; the rest is seen without it
+            answer = self._ask(json.dumps(dataclasses.asdict(self._me)), read)
+            if answer is None:
                 self._store_lost = True
                 return
+            known, texts = answer
             for rank, text in zip(known if texts else [], texts, strict=True):
                 beat = json.loads(text)
                 self.peers[rank].update(Beat(**beat | {"stuck": tuple(beat["stuck"])}), now)
+
+    def _ask(self, text: str, read: bool) -> tuple[list[int], list[str]] | None:
+        """Write `text` to the store, and read the beats of the ranks that are known; None: it gives no answer.
+
+        In a thread of its own: a store waits without end for a host that hangs, or a process that is stopped.
+        """
+        answers: list[tuple[list[int], list[str]]] = []
+
+        def ask() -> None:
+            # RuntimeError: DistNetworkError, DistStoreError: whoever kept it is gone; the rest is seen without it
+            with contextlib.suppress(RuntimeError):
+                self._store.set(str(self.world.rank), text)
+                known = [rank for rank, peer in self.peers.items() if peer.beat or self._store.check([str(rank)])]
+                answers.append((known, self._store.multi_get([str(rank) for rank in known]) if read and known else []))
+
+        thread, begin = threading.Thread(target=ask, name="liveness-store", daemon=True), self._now()
+        thread.start()
+        thread.join(self.interval)
+        while thread.is_alive():
+            if self._now() - begin >= self.timeout:
+                self._store_silent = True
+                return None
+            thread.join(self.interval)
+        return answers[0] if answers else None
 
     def _record(self, left: str, reason: str, stuck: tuple[int, ...] = ()) -> None:
         with self._lock:
@@ -393,6 +414,8 @@ class Liveness:
         return Verdict(line, stuck, at_once=True)
 
     def _is_silent(self, peer: Peer) -> bool:
+        if self._store_silent and peer.rank == self._keeper:
+            return True
         return not self._store_lost and self._clock - peer.seen >= self._silence
 
     def _silent_since(self, begin: float) -> Verdict | None:

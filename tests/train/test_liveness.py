@@ -593,6 +593,24 @@ def test_a_rank_stopped_in_a_run_and_continued_when_the_other_has_left(forks, en
     assert (out_dir / "stacks/rank00001.txt").exists() and told.endswith("rank00001.txt")
 
 
+def test_a_stopped_rank_that_keeps_the_store_is_named_too(forks, endless, tmp_path):
+    """The store waits for it without end; the others do not."""
+    out_dir, flags = endless(timeout=8)
+    ranks = Ranks(forks, tmp_path, flags=flags)
+    try:
+        wait_until(logged(out_dir, 25))
+        os.kill(ranks.pids[0], signal.SIGSTOP)
+        begin = time.monotonic()
+        ranks.wait_for_end(1)
+        assert 6 < time.monotonic() - begin < 40
+        (line,) = errors_of(ranks.errs()[1])
+        assert f"rank 0 (process {ranks.pids[0]} on " in line and "gives no sign of life after iteration" in line
+        assert "in _run" in (out_dir / "stacks/rank00001.txt").read_text()
+    finally:
+        ranks.kill()
+    ranks.statuses()
+
+
 def test_under_torchrun_the_message_comes_before_the_agents_sigterm_ends_the_rank(endless):
     out_dir, flags = endless()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "moe_engine.train"]
