@@ -39,7 +39,7 @@ def steps(quick: bool, training: tuple[str, ...]) -> list[Step]:
         Step("traffic", (), 40 * limit, picture=False),
         Step("compile", ("--arch", *archs), 60 * limit, picture=False),
         Step("memory", (), 90 * limit),
-        Step("checkpoint", ("--preset", "tiny", "--rounds", "3"), 30 * limit, picture=False),
+        Step("checkpoint", ("--preset", "tiny", "--batch_size", "2", "--rounds", "2"), 30 * limit, picture=False),
         Step("kernels", (*rounds, "--routing", "balanced"), 90 * limit),
         Step("layer", rounds, 90 * limit),
         Step("throughput", (*rounds, *training), 110 * limit),
