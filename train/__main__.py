@@ -29,7 +29,7 @@ from moe_engine.train.errors import InputError
 from moe_engine.train.liveness import Liveness, collective_limit
 from moe_engine.train.lock import LOCK_FILE, RunLock, locked
 from moe_engine.train.loop import Trainer
-from moe_engine.train.metrics import RunLog
+from moe_engine.train.metrics import RunLog, read_metrics
 from moe_engine.train.options import option
 from moe_engine.train.parallel import World, from_first
 from moe_engine.train.shards import read_meta
@@ -84,7 +84,13 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
             )
     elif out_dir.exists() and not config.fresh and not all(map(_of_a_begun_run, out_dir.iterdir())):
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
-    return written.exists() and not config.fresh
+    goes_on = written.exists() and not config.fresh
+    if not goes_on and world.is_main and any((out_dir / "ckpt").glob("step_*")):
+        raise InputError(
+            f"--out_dir {out_dir}: its ckpt holds checkpoints of another run, which would be taken for this one's; "
+            "remove them, or choose another folder"
+        )
+    return goes_on
 
 
 def _of_a_begun_run(path: Path) -> bool:
@@ -107,6 +113,20 @@ def repetition_of(out_dir: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return f"TORCHELASTIC_RUN_ID {begun_by}" if begun_by and begun_by == launch_id() else None
+
+
+def check_never_saved(out_dir: Path) -> None:
+    """For a run without checkpoints: whether it really never had one.
+
+    Raises:
+        InputError: it had. Somebody has moved them away, or the disk that they are on is not there.
+    """
+    saved = [record["iter"] for record in read_metrics(out_dir / "metrics.jsonl") if record["kind"] == "save"]
+    if saved:
+        raise InputError(
+            f"--out_dir {out_dir}: metrics.jsonl tells of checkpoints up to iteration {saved[-1]}, ckpt holds none: "
+            "they were moved away, or their disk is not there; nothing was changed; --fresh starts over"
+        )
 
 
 def _remove_run(out_dir: Path) -> None:
@@ -135,10 +155,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
     liveness = Liveness(world, out_dir, config.timeout, store, keeper=keeper)
     try:
         with liveness:
-            if world.size > 1:  # before the folder is looked at: all are to hear from the first whether it is free
-                dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
-                limit = collective_limit(config.timeout)
-                parallel.start(world, device, dtype, config.cpu_offload, param_dtype, limit)
+            _meet(config, world, device)  # before the folder is looked at: all hear from the first whether it is free
             with locked(out_dir, world) as lock:
                 repeated = config.fresh and from_first(lambda: repetition_of(out_dir), world)
                 config = dataclasses.replace(config, fresh=config.fresh and not repeated)
@@ -164,11 +181,21 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
         liveness.close()
 
 
+def _meet(config: TrainConfig, world: World, device: torch.device) -> None:
+    """Join the process group, if this process is one of several."""
+    if world.size > 1:
+        dtype, param_dtype = pick_dtype(config.dtype, device)[0], DTYPES[config.param_dtype]
+        limit = collective_limit(config.timeout)
+        parallel.start(world, device, dtype, config.cpu_offload, param_dtype, limit)
+
+
 def _start(trainer: Trainer, toml: str, goes_on: bool, lock: RunLock | None) -> int:
     """Resume, if there is something to go on with, open the logs, and train. `lock` is the first rank's."""
     world, signals, out_dir = trainer.world, trainer.signals, Path(trainer.config.out_dir)
     checkpoint, notes = trainer.checkpoints.newest_sound() if goes_on else (None, [])
     trainer.notes += notes
+    if goes_on and not checkpoint:
+        from_first(lambda: check_never_saved(out_dir), world)
     if checkpoint:
         trainer.resume(checkpoint)
     env = json.dumps(environment(trainer.device, world), indent=2) + "\n" if world.is_main else ""
@@ -202,7 +229,9 @@ def verify(config: TrainConfig) -> int:
     world = World.from_environment()
     try:
         with determinism.mode(config.deterministic):
-            return verify_resume(config, world, pick_device(config.device, world.local_rank))
+            device = pick_device(config.device, world.local_rank)
+            _meet(config, world, device)
+            return verify_resume(config, world, device)
     finally:
         parallel.stop()
 

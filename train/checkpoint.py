@@ -13,7 +13,6 @@ Whatever happens before that leaves the checkpoints before it alone.
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import re
@@ -81,6 +80,7 @@ class Published:
     bytes: int
     stall_seconds: float  # that training waited
     write_seconds: float  # from the first byte to the last rank's data on the disk, beside training
+    note: str = ""  # on the first rank, what a person should know
 
 
 @dataclass
@@ -96,6 +96,7 @@ class _Write:
     seconds: float = 0.0
     result: dict[str, Any] | None = None
     error: BaseException | None = None
+    note: str = ""
     thread: threading.Thread | None = None  # the one that writes
 
     @property
@@ -201,11 +202,12 @@ class Checkpoints:
         for path in (self.folder / name for name in reversed(published)):
             defect = self.defect(path)
             if defect is None:
-                from_first(functools.partial(self._choose, path, [each for each, _ in damaged]), self.world)
+                from_first(lambda: [_rename_over(each, _DAMAGED) for each, _ in damaged], self.world)
                 notes += [
                     f"checkpoint {d}: {why}; put aside as {d.name}{_DAMAGED}, the one before it is used"
                     for d, why in damaged
                 ]
+                from_first(lambda newest=path: self._repair_pointers(newest), self.world)
                 return path, notes
             damaged.append((path, defect))
         if damaged or aside or named:
@@ -234,15 +236,27 @@ class Checkpoints:
                 notes.append(f"checkpoint {final} was never finished: removed")
         return notes
 
-    def _choose(self, path: Path, damaged: list[Path]) -> None:
-        """Put damaged checkpoints aside, and do what a kill between a rename and its pointers has left out."""
-        for each in damaged:
-            _rename_over(each, _DAMAGED)
+    def _repair_pointers(self, newest: Path) -> None:
+        """Have `latest` and `best` name what they would, had the run not been killed before it could write them.
+
+        A pointer to what is damaged goes back, too.
+        """
         for name in ("latest", "best"):
             (self.folder / (name + _UNFINISHED)).unlink(missing_ok=True)
-        for name in ("latest", "best") if self.read_state(path).get("is_best") else ("latest",):
-            if self._pointer(name) != path.name:
-                write_atomically(self.folder / name, path.name + "\n")
+        if self._pointer("latest") != newest.name:
+            write_atomically(self.folder / "latest", newest.name + "\n")
+        best = self._pointer("best")
+        known = best if best and (self.folder / best).is_dir() else ""
+        for path in reversed(self.complete()):
+            if path.name <= known:
+                break
+            try:
+                is_best = self.read_state(path).get("is_best", False)
+            except InputError:  # an old one that is damaged: nobody has to read it
+                continue
+            if is_best:
+                write_atomically(self.folder / "best", path.name + "\n")
+                break
 
     def read_state(self, path: Path) -> dict[str, Any]:
         """The small part of a checkpoint: iteration, loader, best loss, arguments.
@@ -347,15 +361,17 @@ class Checkpoints:
             raise failure or OSError(number, "; ".join(failures), str(write.folder))
         size = sum(part[0]["bytes"] for part in parts)
         stall = write.stall + time.perf_counter() - begin
-        return Published(write.final, size, stall, max(part[1] for part in parts))
+        return Published(write.final, size, stall, max(part[1] for part in parts), write.note)
 
     def _publish(self, write: _Write, parts: list[dict[str, Any]]) -> OSError | None:
         """Add the small files, sync, rename, point; returns what went wrong."""
         folder, final = write.folder, write.final
         try:
+            for part in parts:
+                _check_size(folder / part["file"], part["bytes"])
             texts = {
                 METADATA_FILE: json.dumps(self._staging.metadata),
-                STATE_FILE: json.dumps({"format": FORMAT, **write.state, "is_best": write.is_best}, indent=2) + "\n",
+                STATE_FILE: json.dumps({"format": FORMAT, "is_best": write.is_best, **write.state}, indent=2) + "\n",
             }
             sums = {part["file"]: part["sha256"] for part in parts}
             for name, text in texts.items():
@@ -371,9 +387,12 @@ class Checkpoints:
             write_atomically(self.folder / "latest", final.name + "\n")
             if write.is_best:
                 write_atomically(self.folder / "best", final.name + "\n")
-            self._prune(final)
         except OSError as error:
             return _as_os_error(error, self.folder)
+        try:
+            self._prune(final)
+        except OSError as error:  # the checkpoint is there all the same
+            write.note = f"old checkpoints cannot be removed: {error.strerror} ({error.filename})"
         return None
 
     def _prune(self, newest: Path) -> None:
@@ -450,7 +469,12 @@ class Checkpoints:
 
 def state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, buffers and moments by the names that they have in a checkpoint, in the memory that training uses."""
-    return _tensors(*get_state_dict(model, optimizer))
+    stepped = bool(optimizer.state)
+    tensors = _tensors(*get_state_dict(model, optimizer))
+    if not stepped:  # PyTorch has made the moments by a step with gradients of 0, and has counted it
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
+    return tensors
 
 
 def _tensors(weights: dict[str, Any], moments: dict[str, Any]) -> dict[str, Tensor]:
@@ -483,6 +507,17 @@ def _read_sums(path: Path) -> dict[str, str] | str:
             return f"{path.name} is damaged (line {line[:90]!r})"
         sums[name] = digest
     return sums
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Whether the first rank sees what another has written; raises OSError if not.
+
+    It does not where --out_dir is another folder on each host, which nobody must first learn from a resume.
+    """
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        what = "no such file" if found is None else f"{found} bytes"
+        raise OSError(f"{path.name}: {size} bytes written, rank 0 finds {what} (is --out_dir one for all ranks?)")
 
 
 def _rename_over(path: Path, ending: str) -> None:

@@ -168,6 +168,7 @@ class Trainer:
         try:
             self._ready = list(self._batches())
         except InputError as error:
+            self.loader.load_state_dict(self._ready_from)  # the micro-steps that could be read are not consumed
             return str(error)
         return None
 
@@ -348,6 +349,8 @@ class Trainer:
                 return
         if published is None:
             return
+        if published.note:
+            self.log.warn(published.note)
         size, took = published.bytes, max(published.write_seconds, 1e-9)
         self.log.note(
             f"iter {self.iteration}/{self.config.max_iters} | checkpoint {published.path} "
@@ -362,9 +365,12 @@ class Trainer:
         self._saved_at, self.best_val_loss = None, self._best_if_lost
         self._save_error = error
         self._retry_at = self.iteration + max(1, self.config.save_every // 10)
-        newest = self.checkpoints.latest()
+        try:
+            newest = self.checkpoints.latest() or "no checkpoint"
+        except OSError:  # the disk is gone altogether
+            newest = "the one before it"
         self.log.warn(
-            f"iter {self.iteration}: {error.strerror or error}; {newest or 'no checkpoint'} is the newest; training "
+            f"iter {self.iteration}: {error.strerror or error}; {newest} is the newest; training "
             f"goes on, and tries again at iteration {self._retry_at} or at its end"
         )
 
@@ -553,17 +559,18 @@ class Trainer:
         """Have a checkpoint of this iteration on the disk.
 
         Raises:
-            OSError: it could not be written.
+            InputError: it could not be written.
         """
         if self.iteration and self._saved_at != self.iteration:
             self.save()
         self.finish_save()
         if self.iteration and self._saved_at != self.iteration:
-            raise self._save_error
+            error = self._save_error
+            raise InputError(f"{error.filename}: {error.strerror}; the last whole checkpoint stays") from error
 
     def _stopped(self) -> int:
-        kept = f"iteration {self.iteration}" if self.iteration else "the start, before the first iteration"
+        at = f"at iteration {self.iteration}"
         if self.problem:
-            raise InputError(f"{self.problem}; stopped at {kept}; once it is repaired, the same command goes on")
-        self.log.note(f"stopped by {signal.Signals(self.stopped_by).name} at {kept}; the same command resumes it")
+            raise InputError(f"{self.problem}; stopped {at}; once it is repaired, the same command goes on")
+        self.log.note(f"stopped by {signal.Signals(self.stopped_by).name} {at}; the same command resumes it")
         return 128 + self.stopped_by

@@ -127,9 +127,10 @@ def open_store(world: World, timeout: float) -> tuple[dist.Store | None, int | N
         where = ":".join(os.environ.get(name, f"(no {name})") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).partition("\n")[0]
         raise InputError(f"{world.size} processes did not meet at {where} in {timeout:g} s: {reason}") from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    start = store.add(f"liveness/{attempt}/starts/{world.rank}", 1)
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Rank 0's store is as old as this start. Each agent counts restarts for itself: a node that came back says 0.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agents else "0"
+    start = store.add(f"liveness/{attempt}/starts/{world.rank}", 1)
     return dist.PrefixStore(f"liveness/{attempt}/{start}", store), None if agents else 0
 
 

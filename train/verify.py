@@ -87,7 +87,8 @@ def verify_resume(config: TrainConfig, world: World, device: torch.device) -> in
             again = difference and _resumed(config, world, device)
             repeats = not again or not any(gathered(resumed.difference(again), world))
     finally:
-        from_first(lambda: shutil.rmtree(folder, ignore_errors=True), world)
+        if world.is_main:  # alone: where one rank fails, the others are in a collective of their own
+            shutil.rmtree(folder, ignore_errors=True)
     if not world.is_main:
         return int(difference is not None)
     if difference is None:

@@ -165,8 +165,20 @@ def test_no_sound_checkpoint_is_an_error_and_not_a_new_start(run, folder, capsys
         shutil.rmtree(path)
     with pytest.raises(InputError, match="step_00000012, which `latest` names, is not there"):
         command.train(run)
+    shutil.rmtree(folder)  # as where ckpt is on a disk of its own, and that is not mounted
+    with pytest.raises(InputError, match=r"metrics\.jsonl tells of checkpoints up to iteration 12, ckpt holds none"):
+        command.train(run)
+    assert (Path(run.out_dir) / "metrics.jsonl").read_bytes() == before
     assert command.train(dataclasses.replace(run, fresh=True)) == 0
     assert [r["iter"] for r in records(run)] == list(range(1, 13))
+
+
+def test_a_new_run_does_not_begin_beside_checkpoints_of_another(run, folder):
+    """It would go on from them after a kill: they are newer than what it has saved until then."""
+    (Path(run.out_dir) / "config.toml").unlink()
+    with pytest.raises(InputError, match="ckpt holds checkpoints of another run"):
+        command.train(dataclasses.replace(run, fresh=True))
+    assert len(list(folder.glob("step_*"))) == 3
 
 
 def test_what_was_never_finished_is_removed_and_said(run, folder):
@@ -217,6 +229,36 @@ def test_a_run_that_never_had_a_checkpoint_begins_again(whole, tmp_path, monkeyp
     assert command.train(killed) == 0
     for kind in ("train", "eval"):
         assert records(killed, kind) == records(whole, kind)
+
+
+def test_killed_between_the_rename_and_the_pointers(whole, tmp_path, monkeypatch):
+    """`best` and `latest` name the new checkpoint once the run goes on, so that pruning keeps it."""
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "killed"), keep_last_n=1)
+    folder = tmp_path / "killed/ckpt"
+
+    class Killed(BaseException):
+        pass
+
+    def kill(path, text):
+        if path.name == "latest" and "12" in text:
+            raise Killed
+        write(path, text)
+
+    write = checkpoint_module.write_atomically
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint_module, "write_atomically", kill)
+        command.train(config)
+    assert (folder / "best").read_text() == (folder / "latest").read_text() == "step_00000008\n"
+    assert command.train(dataclasses.replace(config, max_iters=14, eval_interval=0)) == 0
+    assert (folder / "best").read_text() == "step_00000012\n"
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_00000012", "step_00000014"]
+
+
+def test_pointers_to_what_is_damaged_go_back(run, folder):
+    assert (folder / "best").read_text() == "step_00000012\n"
+    spoil(folder / "step_00000012/state.json", "cut")
+    Checkpoints(Path(run.out_dir), ONE).newest_sound()
+    assert (folder / "best").read_text() == (folder / "latest").read_text() == "step_00000008\n"
 
 
 def test_a_format_of_before_is_named_and_left_alone(run, folder):
@@ -299,6 +341,29 @@ def test_a_full_disk_ends_no_run_and_keeps_the_last_checkpoint(whole, tmp_path, 
     assert_same_data(config, whole, 12)
 
 
+def test_a_disk_that_is_gone_for_a_while_ends_no_run(whole, tmp_path, monkeypatch):
+    """Not even its folders can be listed then."""
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "gone"))
+    save_file, complete, calls = storage.save_file, Checkpoints.complete, []
+
+    def refuse(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        save_file(tensors, path)
+
+    def refuse_to_list(self):
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return complete(self)
+
+    monkeypatch.setattr(storage, "save_file", refuse)
+    monkeypatch.setattr(Checkpoints, "complete", refuse_to_list)
+    assert command.train(config) == 0
+    assert "Input/output error; the one before it is the newest" in (tmp_path / "gone/logs.txt").read_text()
+    assert_same_data(config, whole, 12)
+
+
 def test_a_disk_that_stays_full_is_an_error_at_the_end(small_run, monkeypatch, capsys):
     config = small_run(save_every=4, max_iters=4)
     assert command.train(config) == 0
@@ -378,6 +443,46 @@ def test_pruning_comes_after_the_new_one_is_safe(run, folder, monkeypatch):
     assert order.index("prune") > order.index("ckpt")
     best = (folder / "best").read_text().strip()
     assert sorted(p.name for p in folder.glob("step_*")) == sorted({best, "step_00000016"})
+
+
+def test_old_checkpoints_that_cannot_be_removed_fail_no_save(whole, tmp_path, monkeypatch):
+    def refuse(path, ending):
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint_module, "_rename_over", refuse)
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "run"), keep_last_n=1)
+    assert command.train(config) == 0
+    log = (tmp_path / "run/logs.txt").read_text()
+    assert "warning: old checkpoints cannot be removed: Permission denied" in log and "not written" not in log
+    saves = [r["iter"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if r["kind"] == "save"]
+    assert saves == [4, 8, 12] == [int(p.name[-8:]) for p in sorted((tmp_path / "run/ckpt").glob("step_*"))]
+
+
+@pytest.mark.parametrize("kind", ["remove", "cut"])
+def test_a_part_that_the_first_rank_does_not_see_is_not_published(small_run, capsys, monkeypatch, kind):
+    """A file that has gone, or an --out_dir that is another folder on each host."""
+    publish = Checkpoints._publish
+
+    def lost(self, write, parts):
+        spoil(write.folder / "ckpt_rank00000.safetensors", kind)
+        return publish(self, write, parts)
+
+    monkeypatch.setattr(Checkpoints, "_publish", lost)
+    config = small_run(max_iters=2, eval_interval=0)
+    flags = ["--config", str(Path(config.out_dir) / "config.toml")]
+    with pytest.raises(InputError, match=r"ckpt_rank00000\.safetensors: .* bytes written, rank 0 finds"):
+        command.train(config)
+    assert not list((Path(config.out_dir) / "ckpt").iterdir())
+    assert command.main(flags) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_save_before_the_first_update_changes_no_moments(small_run):
+    trainer = Trainer(small_run(), ONE, CPU)
+    checkpoints, optimizer = trainer.checkpoints, trainer.engine.optimizer
+    checkpoints.save(trainer.model, optimizer, {"iteration": 1}, CPU)
+    checkpoints.finish()
+    assert all(not moments[name].any() for moments in optimizer.state.values() for name in moments)
+    trainer.loader.close()
 
 
 # Another shape

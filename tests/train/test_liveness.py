@@ -308,6 +308,13 @@ def test_torchruns_variables_must_be_whole(monkeypatch):
         parallel.open_store(World(0, 2, 0), 1)
 
 
+def test_restarts_that_agents_count_apart_meet_all_the_same(small_run, forked_ranks):
+    """A node that came back says 0 where the others say 1; rank 0's own store is new at every start."""
+    before = "import os; os.environ['TORCHELASTIC_RESTART_COUNT'] = str(1 - rank)"
+    statuses, _, errors = forked_ranks(2, small_run(max_iters=1, eval_interval=0, timeout=30.0), before)
+    assert statuses == [0, 0], errors
+
+
 def _raise(error):
     raise error
 

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from moe_engine.train import __main__ as command
 from moe_engine.train.checkpoint import Checkpoints
-from moe_engine.train.data import ValLoader
+from moe_engine.train.data import TokenDataset, ValLoader
+from moe_engine.train.errors import InputError
 from moe_engine.train.metrics import deterministic, read_metrics
 from moe_engine.train.parallel import World
 from moe_engine.train.step import Engine
@@ -132,6 +133,60 @@ def test_data_that_one_rank_cannot_read_stops_all_with_a_checkpoint(
     assert forked_ranks(2, config)[0] == [0, 0]
     assert records(config, "train", "eval") == records(whole, "train", "eval")
     assert_same_end(config, whole, 12)
+
+
+def test_data_that_goes_away_within_an_iteration_is_not_passed_over(small_run_in, tmp_path, monkeypatch):
+    """The first of its two micro-steps could be read: it is read again."""
+    whole = small_run_in(tmp_path / "whole", grad_accum_steps=2, eval_interval=0)
+    config = dataclasses.replace(whole, out_dir=str(tmp_path / "parts"))
+    assert command.train(whole) == 0
+    window, calls = TokenDataset.window, []
+
+    def gone(self, index):
+        calls.append(index)
+        if len(calls) > 29:  # of 8 an iteration
+            raise InputError("toy.npy: truncated")
+        return window(self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="truncated; stopped at iteration 3"):
+        patch.setattr(TokenDataset, "window", gone)
+        command.train(config)
+    assert command.train(config) == 0
+    assert records(config) == records(whole)
+    assert_same_end(config, whole, 12)
+
+
+# A save that fails on one rank
+
+REFUSED = """
+import errno
+from moe_engine.train import checkpoint, storage
+save_file, write, calls = storage.save_file, checkpoint.write_atomically, []
+def refuse(*args):
+    calls.append(args)
+    if rank == 1 and len(calls) == 2:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    save_file(*args)
+def refuse_to_publish(path, text):
+    if path.name == "SHA256SUMS" and len(calls) == 3:
+        raise OSError(errno.EIO, "Input/output error")
+    write(path, text)
+storage.save_file, checkpoint.write_atomically = refuse, refuse_to_publish
+"""
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on(small_run, forked_ranks):
+    """The second on rank 1, which writes, the third on rank 0, which publishes; there is no half of them."""
+    config = small_run(eval_interval=0, save_every=3, async_save=False, keep_last_n=0)
+    statuses, outputs, errors = forked_ranks(2, config, before=REFUSED)
+    assert statuses == [0, 0], errors
+    assert "iter 6: rank 1: checkpoint not written: No space left" in outputs[0]
+    assert "iter 7: checkpoint not written: Input/output error" in outputs[0]
+    folder = Path(config.out_dir) / "ckpt"
+    assert sorted(p.name for p in folder.glob("step_*")) == [
+        "step_00000003", "step_00000008", "step_00000009", "step_00000012",
+    ]  # fmt: skip
+    assert all(Checkpoints(Path(config.out_dir), ONE).defect(path) is None for path in folder.glob("step_*"))
 
 
 # Stops at any point, in one process

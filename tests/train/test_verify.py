@@ -39,6 +39,14 @@ def test_a_resume_is_exact(verify, values):
     assert output.out.startswith("resume verified: iterations 4 to 6") and "1 process)" in output.out
 
 
+def test_several_ranks_have_one_answer(small_run, forked_ranks):
+    """Two replicas, which share the writing of what they both have."""
+    config = small_run(dp_replicate=2, model={"tie_embeddings": True})
+    statuses, outputs, errors = forked_ranks(2, config, verify_resume=True)
+    assert statuses == [0, 0] and outputs[0].startswith("resume verified: ") and "2 processes)" in outputs[0], errors
+    assert outputs[1] == "" and not Path(f"{config.out_dir}.verify_resume").exists()
+
+
 def forget_moments(monkeypatch):
     def load(self, path, model, optimizer, device):
         state = whole(self, path, model, optimizer, device)
@@ -80,3 +88,29 @@ def test_what_is_not_exact_is_named(verify, monkeypatch, spoil, where, cause):
     status, output = verify()
     assert status == 1 and output.err.startswith("error: resume is not exact: ") and output.err.count("\n") == 1
     assert where in output.err and cause in output.err
+
+
+ON_SECOND_RANK = """
+from moe_engine.train.errors import InputError
+from moe_engine.train.loop import Trainer
+
+def fail(self):
+    if self.iteration == 1 and rank == 1:
+        raise InputError("--data_dir x: gone")
+    return step(self)
+
+step = Trainer.train_step
+Trainer.train_step = fail
+"""
+
+
+@pytest.mark.parametrize("before", ["", ON_SECOND_RANK])
+def test_several_processes(small_run, forked_ranks, before):
+    """Each looks at its own part; an error of one of them ends all, and leaves no folder behind."""
+    config = small_run()
+    statuses, outputs, errors = forked_ranks(2, config, before, timeout=60, verify_resume=True)
+    if before:
+        assert statuses == [1, 2] and errors[1] == "error: --data_dir x: gone\n"
+    else:
+        assert statuses == [0, 0] and "2 processes)" in outputs[0], errors
+    assert not any(Path(config.out_dir).parent.glob("*verify*"))
