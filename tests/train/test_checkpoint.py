@@ -47,7 +47,7 @@ def assert_same_data(one, other, iteration):
 @pytest.fixture(scope="module")
 def whole(small_run_in, tmp_path_factory):
     """A run that nothing happens to, with checkpoints of iterations 4, 8 and 12; not to be changed."""
-    config = small_run_in(tmp_path_factory.mktemp("runs") / "whole", save_every=4)
+    config = small_run_in(tmp_path_factory.mktemp("runs") / "whole", save_every=4, eval_interval=4)
     assert command.train(config) == 0
     return config
 
@@ -352,7 +352,7 @@ def test_a_full_disk_ends_no_run_and_keeps_the_last_checkpoint(whole, tmp_path, 
     assert_same_data(config, whole, 12)
 
 
-def test_the_best_one_that_could_not_be_written_is_the_best_when_it_is(small_run, monkeypatch):
+def test_the_loss_of_a_checkpoint_that_could_not_be_written_is_none_to_beat(small_run, monkeypatch):
     save_file, calls = storage.save_file, []
 
     def full(tensors, path):
@@ -364,7 +364,8 @@ def test_the_best_one_that_could_not_be_written_is_the_best_when_it_is(small_run
     monkeypatch.setattr(storage, "save_file", full)
     config = small_run(max_iters=8, async_save=False)
     assert command.train(config) == 0
-    assert json.loads((Path(config.out_dir) / "ckpt/step_00000007/state.json").read_text())["is_best"]
+    state = json.loads((Path(config.out_dir) / "ckpt/step_00000007/state.json").read_text())
+    assert state["evaluated_at"] == 6 and state["best_val_loss"] is None and not state["is_best"]
 
 
 def test_a_disk_that_is_gone_for_a_while_ends_no_run(whole, tmp_path, monkeypatch):
