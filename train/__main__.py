@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import platform
@@ -65,8 +66,10 @@ def environment(device: torch.device, world: World) -> dict[str, Any]:
     }
 
 
-def open_run(config: TrainConfig, toml: str, world: World) -> bool:
+def open_run(config: TrainConfig, toml: str) -> bool:
     """Recognise the run folder that is there, if there is one; returns whether it holds a run to go on with.
+
+    The first rank does this for all.
 
     Raises:
         InputError: the folder holds a run of another configuration, or files of something else.
@@ -75,7 +78,7 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out_dir {out_dir}: expected a folder, found a file")
     written = out_dir / CONFIG_FILE
-    if config.fresh and world.is_main and written.exists():
+    if config.fresh and written.exists():
         _remove_run(out_dir)
     if written.exists() and not config.fresh:
         known = settings.toml_table(written, f"--out_dir {out_dir}: cannot read")
@@ -88,7 +91,7 @@ def open_run(config: TrainConfig, toml: str, world: World) -> bool:
     elif out_dir.exists() and not config.fresh and not all(map(_of_a_begun_run, out_dir.iterdir())):
         raise InputError(f"--out_dir {out_dir}: not empty and no run folder (no {CONFIG_FILE}); choose another folder")
     goes_on = written.exists() and not config.fresh
-    if not goes_on and world.is_main and any((out_dir / "ckpt").glob("step_*")):
+    if not goes_on and any((out_dir / "ckpt").glob("step_*")):
         raise InputError(
             f"--out_dir {out_dir}: its ckpt holds checkpoints of another run, which would be taken for this one's; "
             "remove them, or choose another folder"
@@ -172,7 +175,7 @@ def _train(config: TrainConfig, signals: StopSignals) -> int:
             with locked(out_dir, world) as lock:
                 repeated = config.fresh and from_first(lambda: repetition_of(out_dir), world)
                 config = dataclasses.replace(config, fresh=config.fresh and not repeated)
-                goes_on = open_run(config, toml, world)
+                goes_on = from_first(functools.partial(open_run, config, toml), world)
                 trainer = Trainer(config, world, device)
                 trainer.signals, trainer.liveness = signals, liveness
                 if repeated:

@@ -169,7 +169,7 @@ class Checkpoints:
         self.asynchronous = asynchronous
         self._staging = Staging(world.rank, copies=asynchronous)
         self._write: _Write | None = None
-        self.waiting: Callable[[], None] = lambda: None  # called every second while the disk is waited for
+        self.waiting: Callable[[], None] = lambda: None  # called now and then while the disk is waited for
         self._start: str | None = None  # names this start of the run in the folders that it has not finished
         self._removal: threading.Thread | None = None
 
@@ -229,6 +229,7 @@ class Checkpoints:
         if expected != set(sums):
             return f"{SUMS_FILE} lists {', '.join(sorted(set(sums) ^ expected))} wrongly or not at all"
         for name in sorted(sums)[self.world.rank :: self.world.size]:
+            self.waiting()
             if not (path / name).exists():
                 return f"{name} is missing"
             if sha256_of(path / name) != sums[name]:
@@ -486,9 +487,9 @@ class Checkpoints:
             self._removal = None
 
     def _wait(self) -> None:
-        """Until this rank's part is on the disk. `waiting` is called for as long as a slow disk would take."""
+        """Until every rank's part is on the disk. `waiting` is called for as long as a slow disk would take."""
         patience = 60 + self._staging.bytes / _SLOWEST
-        while self.writing:
+        while self._write is not None and any(gathered(self.writing, self.world)):
             self._write.thread.join(1.0)
             if time.perf_counter() - self._write.begun < patience:
                 self.waiting()
@@ -517,7 +518,7 @@ class Checkpoints:
         optimizers = [] if optimizer is None else optimizer
         weights, moments = get_state_dict(model, optimizers)
         wanted = _tensors(weights, moments)
-        reader = Reader(path)
+        reader = Reader(path, self.waiting)
         try:
             surplus = set(reader.read_metadata().state_dict_metadata) - set(wanted)
             if optimizer is None:

@@ -51,6 +51,8 @@ def sample(config: SampleConfig) -> int:
     if path is None or path not in checkpoints.complete():
         known = ", ".join(str(int(p.name[-8:])) for p in checkpoints.complete())
         raise InputError(f"--out_dir {out_dir}: no such checkpoint; iterations there: {known or 'none'}")
+    if defect := checkpoints.defect(path):
+        raise InputError(f"checkpoint {path}: {defect}; --iteration takes another one")
     run = settings.resolve(settings.read_toml(out_dir / "config.toml"))
     state = checkpoints.read_run(path)
     tokenizer = load_tokenizer(state["tokenizer"])

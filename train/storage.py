@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,11 @@ class Reader(StorageReader):
 
     Args:
         folder: a checkpoint, its checksums already compared.
+        waiting: called before each file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, waiting: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._waiting = folder, waiting
         self._places: dict[MetadataIndex, tuple[str, str]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -216,6 +218,7 @@ class Reader(StorageReader):
             file, key = self._places[item.storage_index]
             by_file.setdefault(file, []).append((key, item))
         for file, items in sorted(by_file.items()):
+            self._waiting()
             with safe_open(self.folder / file, framework="pt") as opened:
                 for key, item in items:
                     target = planner.resolve_tensor(item).detach()
