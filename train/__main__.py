@@ -22,7 +22,6 @@ import torch
 
 from moe_engine.train import config as settings
 from moe_engine.train import determinism, memory, parallel
-from moe_engine.train.checkpoint import write_atomically
 from moe_engine.train.cli import guarded, parse
 from moe_engine.train.config import TrainConfig
 from moe_engine.train.device import DTYPES, device_name, keep_freed_memory, pick_device, pick_dtype
@@ -34,6 +33,7 @@ from moe_engine.train.loop import Trainer
 from moe_engine.train.metrics import RunLog, read_metrics
 from moe_engine.train.options import option
 from moe_engine.train.parallel import World, from_first
+from moe_engine.train.published import write_atomically
 from moe_engine.train.shards import read_meta
 from moe_engine.train.signals import StopSignals
 from moe_engine.train.signs import format_seconds

@@ -12,12 +12,13 @@ import torch
 from moe_engine.generate import generate
 from moe_engine.model import Transformer
 from moe_engine.train import config as settings
-from moe_engine.train.checkpoint import Checkpoints, folder_of
+from moe_engine.train.checkpoint import Checkpoints
 from moe_engine.train.cli import run_command
 from moe_engine.train.device import pick_device
 from moe_engine.train.errors import InputError
 from moe_engine.train.options import option
 from moe_engine.train.parallel import World
+from moe_engine.train.published import folder_of
 from moe_engine.train.tokenizer import load_tokenizer
 
 

@@ -43,3 +43,10 @@ def test_what_cannot_be_written_is_found_before_anything_is_measured(tmp_path):
             check_writable(picture=str(bad))
     with pytest.raises(InputError, match="expected a file that results can be added to"):
         append_rows(path / "below", [ROW])
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"n": ' + "9" * 5000 + "}", "5", "null", '{"benchmark": NaN}'])
+def test_what_is_no_result_is_one_line(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 1: expected a result of moe-bench"):
+        read_rows(tmp_path / "rows.jsonl")

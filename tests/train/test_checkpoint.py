@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from moe_engine.train import __main__ as command
 from moe_engine.train import checkpoint as checkpoint_module
-from moe_engine.train import storage
+from moe_engine.train import published, storage
 from moe_engine.train.checkpoint import Checkpoints
 from moe_engine.train.errors import InputError
 from moe_engine.train.loop import Trainer
@@ -186,7 +186,7 @@ def test_what_cannot_be_read_today_is_not_taken_for_damaged(run, folder, monkeyp
         raise OSError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
-        patch.setattr(checkpoint_module, "sha256_of", refused)
+        patch.setattr(published, "sha256_of", refused)
         command.train(run)
     assert not list(folder.glob("*.damaged")) and len(list(folder.glob("step_*"))) == 3
     assert command.train(run) == 0
@@ -464,7 +464,7 @@ def test_data_is_on_the_disk_before_the_checkpoint_has_its_name(small_run, monke
 def test_pruning_comes_after_the_new_one_is_safe(run, folder, monkeypatch):
     order = []
     prune, sync = Checkpoints._prune, checkpoint_module.sync_file
-    monkeypatch.setattr(Checkpoints, "_prune", lambda self, newest: (order.append("prune"), prune(self, newest)))
+    monkeypatch.setattr(Checkpoints, "_prune", lambda self, *a: (order.append("prune"), prune(self, *a)))
     monkeypatch.setattr(checkpoint_module, "sync_file", lambda path: (order.append(path.name), sync(path)))
     config = dataclasses.replace(run, max_iters=16, keep_last_n=1)
     assert command.train(config) == 0
@@ -489,7 +489,7 @@ def test_old_checkpoints_that_cannot_be_removed_fail_no_save(whole, tmp_path, mo
     def refuse(path, ending):
         raise OSError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint_module, "_rename_over", refuse)
+    monkeypatch.setattr(published, "rename_over", refuse)
     config = dataclasses.replace(whole, out_dir=str(tmp_path / "run"), keep_last_n=1)
     assert command.train(config) == 0
     log = (tmp_path / "run/logs.txt").read_text()

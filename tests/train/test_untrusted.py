@@ -13,11 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_engine.bench.runner import read_rows
 from moe_engine.train import __main__ as command
 from moe_engine.train import sample
 from moe_engine.train.doctor import command as doctor
-from moe_engine.train.errors import InputError
 from moe_engine.train.prepare import command as preparation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -414,13 +412,3 @@ def test_moe_prepare_removes_nothing_outside_its_folder(prepare_in, tmp_path):
     status, error = prepare_in(link)
     assert status == 2 and error.endswith(".preparing is a link; remove it\n") and error.count("\n") == 1
     assert (precious / "mine.npy").exists()
-
-
-# Results
-
-
-@pytest.mark.parametrize("line", [DEEP, HUGE, "5", "null", '{"benchmark": NaN}'], ids=lambda line: line[:12])
-def test_what_is_wrong_with_results_is_one_line(tmp_path, line):
-    (tmp_path / "rows.jsonl").write_text(line + "\n")
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 1: expected a result of moe-bench"):
-        read_rows(tmp_path / "rows.jsonl")
