@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from moe_engine.bench import memory, plan, projection
+from moe_engine.bench import checkpoint, memory, plan, projection
 from moe_engine.bench.all import AllConfig
 from moe_engine.bench.compare import CompareConfig
 from moe_engine.bench.compile_only import CompileConfig
@@ -35,6 +35,7 @@ def test_the_commands_of_the_pages_are_accepted():
     configs = {"kernels": KernelsConfig, "layer": LayerConfig, "compile": CompileConfig, "traffic": TrafficConfig}
     configs |= {"report": ReportConfig, "compare": CompareConfig, "all": AllConfig, "gpu": GpuConfig}
     of_training = {"memory": memory.Flags, "throughput": plan.Flags, "roofline": projection.Flags}
+    of_training["checkpoint"] = checkpoint.Flags
     calls = re.findall(r"^moe-bench [a-z].*$", PAGE + README + BENCHMARKS, re.M)
     assert len(calls) >= 8
     for call in calls:
