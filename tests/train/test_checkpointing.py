@@ -19,7 +19,8 @@ from moe_engine.train.parallel import World, stop
 
 
 def records(config):
-    return [deterministic(record) for record in read_metrics(Path(config.out_dir) / "metrics.jsonl")]
+    found = read_metrics(Path(config.out_dir) / "metrics.jsonl")
+    return [deterministic(record) for record in found if record["kind"] != "save"]  # logged when a disk is done
 
 
 def state(config, iteration):

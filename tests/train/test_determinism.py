@@ -40,7 +40,8 @@ def settings():
 
 
 def records(config):
-    return [deterministic(r) for r in read_metrics(Path(config.out_dir) / "metrics.jsonl")]
+    found = read_metrics(Path(config.out_dir) / "metrics.jsonl")
+    return [deterministic(r) for r in found if r["kind"] != "save"]  # which are logged when a disk is done
 
 
 def weights(config, iteration):

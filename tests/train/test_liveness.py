@@ -518,7 +518,8 @@ def test_a_read_that_never_returns_ends_both_with_their_stacks(forks, tmp_path):
         assert re.match(r"error: no progress for \d s: rank 1 \(process \d+ on \S+\) after iteration 5, in step", line)
         assert "rank 0 " not in line
     assert "in strike" in (tmp_path / "stacks/rank00001.txt").read_text()
-    assert "in all_sum" in (tmp_path / "stacks/rank00000.txt").read_text()
+    # Its collective may have failed by then, when the other one left first.
+    assert "in guarded" in (tmp_path / "stacks/rank00000.txt").read_text()
 
 
 def test_a_rank_that_holds_the_interpreters_lock_leaves_too(forks, tmp_path):

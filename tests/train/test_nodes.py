@@ -5,6 +5,7 @@ their own, over a cable that can be pulled.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -266,7 +267,10 @@ def of_two(small_run):
     path = Path(config.out_dir) / "ckpt/step_00000006/state.json"
     state = json.loads(path.read_text())
     state["arguments"]["batch_size"] = 4
-    path.write_text(json.dumps(state | {"ranks": 2}))
+    text, sums = json.dumps(state | {"ranks": 2}), path.with_name("SHA256SUMS")
+    before, after = (hashlib.sha256(data).hexdigest() for data in (path.read_bytes(), text.encode()))
+    path.write_text(text)
+    sums.write_text(sums.read_text().replace(before, after))
     return dataclasses.replace(config, batch_size=4, max_iters=ITERATIONS)
 
 
