@@ -272,7 +272,8 @@ class Checkpoints(PublishedCheckpoints):
         wanted = _tensors(weights, moments)
         reader = Reader(path, self.waiting)
         try:
-            surplus = set(reader.read_metadata().state_dict_metadata) - set(wanted)
+            known = {_without_part(name) for name in wanted}
+            surplus = {name for name in reader.read_metadata().state_dict_metadata if _without_part(name) not in known}
             if optimizer is None:
                 surplus = {name for name in surplus if name.startswith("model.")}
             if surplus:
@@ -322,6 +323,11 @@ def _tensors(weights: dict[str, Any], moments: dict[str, Any]) -> dict[str, Tens
             else:
                 tensors[name] = value
     return tensors
+
+
+def _without_part(name: str) -> str:
+    """A tensor's name for all parts alike: each rank has the 8-bit moments of its own part only."""
+    return re.sub(r"\.part\d{5}\.", ".part.", name)
 
 
 def _check_size(path: Path, size: int) -> None:

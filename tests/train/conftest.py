@@ -200,6 +200,20 @@ def command_line(config, **extra):
 
 
 @pytest.fixture(scope="session")
+def rewrite_state():
+    """Changes values in a checkpoint's state.json, as if it had been written so: its checksum follows."""
+
+    def rewrite(checkpoint, **changes):
+        path, sums = checkpoint / "state.json", checkpoint / "SHA256SUMS"
+        text = json.dumps(json.loads(path.read_text()) | changes)
+        before, after = (hashlib.sha256(data).hexdigest() for data in (path.read_bytes(), text.encode()))
+        path.write_text(text)
+        sums.write_text(sums.read_text().replace(before, after))
+
+    return rewrite
+
+
+@pytest.fixture(scope="session")
 def forked_ranks(tmp_path_factory):
     ranks = ForkedRanks(tmp_path_factory.mktemp("ranks"))
     yield ranks

@@ -594,6 +594,7 @@ def test_a_rank_stopped_in_a_run_and_continued_when_the_other_has_left(forks, en
     assert (out_dir / "stacks/rank00001.txt").exists() and told.endswith("rank00001.txt")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_that_keeps_the_store_is_named_too(forks, endless, tmp_path):
     """The store waits for it without end; the others do not."""
     out_dir, flags = endless(timeout=8)
@@ -612,6 +613,7 @@ def test_a_stopped_rank_that_keeps_the_store_is_named_too(forks, endless, tmp_pa
     ranks.statuses()
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_message_comes_before_the_agents_sigterm_ends_the_rank(endless):
     out_dir, flags = endless()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "moe_engine.train"]
