@@ -108,7 +108,7 @@ def check_spec(spec: str) -> tuple[str, int | None]:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
         raise InputError(f"tokenizer {spec!r}: no such encoding {name!r}; {hint}")
-    if cut and not (number.isascii() and number.isdigit() and len(number) < 10):
+    if cut and not (number.isascii() and number.isdigit() and len(number) < 20):
         raise InputError(f"tokenizer {spec!r}: expected NAME or NAME:N with a whole number N, e.g. {name}:8192")
     return name, int(number) if cut else None
 
