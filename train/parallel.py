@@ -102,7 +102,8 @@ def start(
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     else:
-        dist.init_process_group(backend, timeout=limit)
+        store = _store_of_this_start("group", world, limit)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return True
 
 
@@ -122,16 +123,28 @@ def open_store(world: World, timeout: float) -> tuple[dist.Store | None, int | N
         return None, None
     limit = datetime.timedelta(seconds=timeout)
     try:
-        store = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))[0]
+        store = _store_of_this_start("liveness", world, limit)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ.get(name, f"(no {name})") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).partition("\n")[0]
         raise InputError(f"{world.size} processes did not meet at {where} in {timeout:g} s: {reason}") from None
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # Rank 0's store is as old as this start. Each agent counts restarts for itself: a node that came back says 0.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agents else "0"
-    start = store.add(f"liveness/{attempt}/starts/{world.rank}", 1)
-    return dist.PrefixStore(f"liveness/{attempt}/{start}", store), None if agents else 0
+    return store, None if _agent_keeps_store() else 0
+
+
+def _agent_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store_of_this_start(purpose: str, world: World, limit: datetime.timedelta) -> dist.Store:
+    """A client of its own of the ranks' key-value store, with keys that no start before this one has used.
+
+    An agent that starts its ranks again may keep what those before have written, addresses of dead processes among it.
+    Rank 0's store is as old as this start. Each agent counts restarts for itself: a node that came back says 0.
+    """
+    store = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))[0]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_keeps_store() else "0"
+    start = store.add(f"{purpose}/{attempt}/starts/{world.rank}", 1)
+    return dist.PrefixStore(f"{purpose}/{attempt}/{start}", store)
 
 
 def stop() -> None:

@@ -419,7 +419,8 @@ def apart(one: Path, other: Path, iteration: int) -> list[str]:
     keys = ("iteration", "loader", "undone", "val_loss", "best_val_loss", "scaler", "ranks")
     differences += [f"state.json: {k}: {states[0][k]} and {states[1][k]}" for k in keys if states[0][k] != states[1][k]]
     for name in ("latest", "best"):
-        x, y = ((out_dir / "ckpt" / name).read_text().strip() for out_dir in (one, other))
+        paths = [out_dir / "ckpt" / name for out_dir in (one, other)]
+        x, y = (path.read_text().strip() if path.exists() else None for path in paths)
         differences += [f"ckpt/{name}: {x} and {y}"] if x != y else []
     for kind in ("train", "eval", "sample"):
         x, y = (records(out_dir, kind) for out_dir in (one, other))
