@@ -8,7 +8,8 @@ DATA        := data/stdlib
 PIP_FLAGS   ?=
 TRAIN_FLAGS ?=
 TEST_FLAGS  ?=
-# A file of tests runs in one of two processes, in the order of the listing: the last files are short ones.
+# A file of tests runs in one of two processes, in the order of the listing: the last files are short ones. Each process
+# has one thread: on two cores, two of them with two threads each wait for one another.
 TEST_SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The first interpreter that is new enough; `make train PYTHON=...` takes another one.
@@ -25,7 +26,7 @@ train: $(VENV)/.ready-train $(DATA)/meta.json  ## set up, prepare the data, trai
 	$(BIN)/moe-train --config configs/tiny.toml $(TRAIN_FLAGS)
 
 test: $(VENV)/.ready-test  ## set up and run the whole test suite, in two processes
-	$(BIN)/python -m pytest $(TEST_SPREAD) $(TEST_FLAGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TEST_SPREAD) $(TEST_FLAGS)
 
 lint: $(VENV)/.ready-test  ## check style and formatting
 	$(BIN)/ruff check .

@@ -569,6 +569,7 @@ def test_a_rank_killed_in_a_run(forks, endless, tmp_path):
     assert not (out_dir / "stacks").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_stopped_in_a_run_and_continued_when_the_other_has_left(forks, endless, tmp_path):
     out_dir, flags = endless(timeout=8)
     ranks = Ranks(forks, tmp_path, flags=flags)
